@@ -1,0 +1,35 @@
+# make reproduce · make test · make docs · make bench · make organisms: each first makes .venv if it is missing or out of date.
+PYTHON ?= python3
+BIN := .venv/bin
+NB := nbs/*.ipynb
+
+.PHONY: env reproduce test docs bench organisms prepare
+
+env: .venv/.ready
+
+.venv/.ready: constraints.txt settings.ini setup.py pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m ipykernel install --sys-prefix --name python3
+	touch $@
+
+reproduce: env
+	$(BIN)/spatialid reproduce
+
+test: env
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -q tests
+
+docs: env
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/make_docs.py
+
+bench: env
+	$(BIN)/spatialid run 12_bench
+
+organisms: env
+	$(BIN)/spatialid run 10_organisms -p train=True
+
+# For authors, after editing notebooks: modules, clean notebooks, README.
+prepare: env
+	$(BIN)/nbdev-export
+	$(BIN)/nbdev-clean
+	$(BIN)/python tests/make_readme.py

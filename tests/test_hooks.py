@@ -1,0 +1,438 @@
+"""spatialid.hooks against slow oracles: positions by decoding, capture by `output_hidden_states`, patches by runs that must come out equal."""
+import copy
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from spatialid.hooks import FAMILIES, Query, VLM, locate
+from tiny import CHAT, tiny_llava
+
+LR = "Is the {subject} to the left or right of the {object}?"
+
+
+def picture(seed):
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (20, 20, 3), dtype=np.uint8))
+
+
+def ask(seed=0, subject="cup", object="star", template=LR, answers=("left", "right"), **kwargs):
+    return Query(picture(seed), template, {"subject": subject, "object": object}, answers, **kwargs)
+
+
+@pytest.fixture(scope="module")
+def vlm(): return VLM(*tiny_llava(), "tiny")
+
+
+@pytest.fixture(scope="module")
+def exact(): return VLM(*tiny_llava(dtype=torch.float64), "tiny64")
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models") / "saved"
+    for part in tiny_llava(): part.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture()
+def broken(saved, tmp_path): return shutil.copytree(saved, tmp_path / "broken")
+
+
+EVERY = range(1, 5)
+# different pictures, questions of different length, one without a picture
+MIXED = [ask(0), ask(1, "umbrella", "hot dog"), ask(2, template="Is the {subject} left of the {object}, or right?"),
+         Query(None, "Is a {subject} larger than a {object}? Say left or right.", {"subject": "dog", "object": "cup"}, ("left", "right"))]
+
+
+# Words and positions ------------------------------------------------------------------------------------------------------------------
+
+NAMES = [("cup", "star"), ("star", "cup"), ("cup", "cup"), ("hot dog", "dog"), ("dog", "hot dog"), ("umbrella", "airplane"), ("Umbrella", "umbrella"),
+         ("traffic light", "right whale"), ("é", "naïve café")]
+TEMPLATES = [LR, "{subject} left or right of {object}", "What is left or right: the {object} or the {subject}"]
+
+
+@pytest.mark.parametrize("chat", [CHAT, None, "{{ bos_token }}" + CHAT, CHAT.replace("part['text']", "part['text'] | trim")])
+@pytest.mark.parametrize("kind,bos", [("metaspace", False), ("bytes", True)])
+def test_positions_agree_with_decoding(chat, kind, bos):
+    "The tokens up to a position end exactly with the template up to the end of the word."
+    vlm = VLM(*tiny_llava(chat=chat, kind=kind, bos=bos))
+    for template in TEMPLATES:
+        for subject, other in NAMES:
+            if kind == "metaspace" and not (subject + other).isascii(): continue # unknown to that tokenizer: nothing to decode
+            query = ask(0, subject, other, template)
+            ids = vlm.encode([query])["input_ids"][0]
+            text = template.replace("{subject}", "\x00").replace("{object}", "\x01")
+            for mark, at in (("subject", text.index("\x00")), ("object", text.index("\x01"))):
+                (row,) = vlm.positions(query, mark)
+                upto = (text[:at + 1]).replace("\x00", subject).replace("\x01", other)
+                assert vlm.tokenizer.decode(ids[:row + 1]).endswith(upto)
+                assert not vlm.tokenizer.decode(ids[:row]).endswith(upto)
+            for answer, row in zip(("left", "right"), vlm.positions(query, "answers")):
+                assert vlm.tokenizer.decode(ids[:row + 1]).endswith(answer)
+            assert vlm.positions(query, "objects") == [vlm.positions(query, m)[0] for m in query.spans]
+            assert ids.tolist().count(vlm.tokenizer.bos_token_id) == (bos or bool(chat and "bos_token" in chat))
+
+
+@pytest.mark.parametrize("text", [" Is the {subject} left? ", "A{subject}", "ASSISTANT: {subject} ASSISTANT:"])
+@pytest.mark.parametrize("chat", [CHAT, CHAT.replace("part['text']", "part['text'] | trim"), None])
+def test_question_that_looks_like_the_chat_template(text, chat):
+    vlm = VLM(*tiny_llava(chat=chat))
+    query = Query(picture(0), text, {"subject": "ASSISTANT"})
+    (row,) = vlm.positions(query, "subject")
+    ids = vlm.encode([query])["input_ids"][0]
+    assert vlm.tokenizer.decode(ids[:row + 1]).endswith(text.split("{")[0].lstrip() + "ASSISTANT")
+
+
+def test_image_and_text_tile_what_can_differ(vlm):
+    query = ask()
+    ids, image, text = vlm.encode([query])["input_ids"][0], vlm.positions(query, "image"), vlm.positions(query, "text")
+    assert (ids[image] == vlm.model.config.image_token_id).all() and len(image) == 16
+    assert sorted(image + text) == list(range(image[0], len(ids))) and vlm.positions(query, "last") == [len(ids) - 1]
+    assert vlm.positions(query, ("subject", 0, -1)) == [*vlm.positions(query, "subject"), 0, len(ids) - 1]
+    assert vlm.positions(MIXED[3], "text") == vlm.positions(MIXED[3], "all") # no picture, no <s>
+    with_bos = VLM(*tiny_llava(bos=True))
+    assert with_bos.positions(MIXED[3], "text") == with_bos.positions(MIXED[3], "all")[1:]
+
+
+def test_answers_are_whole_words_outside_marked_ones(vlm):
+    query = ask(0, "right whale", "leftover", "Is the {subject} right or left of the {object}? Upright. Answer Left or right.")
+    assert [query.text[a:b] for a, b in query.answer_spans()] == ["left", "Left", "right", "right"]
+    marked = Query(None, "Is it {left} or {right}?", {"left": "left", "right": "right"}, ("left", "right"))
+    assert vlm.positions(marked, "answers") == vlm.positions(marked, ("left", "right"))
+
+
+def test_a_word_marked_twice_has_two_positions(vlm):
+    query = Query(None, "Is the {subject} a {subject}?", {"subject": "star"})
+    assert len(set(vlm.positions(query, "subject"))) == 2
+
+
+@pytest.mark.parametrize("make,message", [
+    (lambda v: Query(None, "Is the {subject} here?", {}), "marks {subject} but there is no word"),
+    (lambda v: Query(None, "Is the {subject} here?", {"subject": ""}), "marks {subject} but there is no word"),
+    (lambda v: Query(None, "Is the cup here?", {"subject": "cup"}), "has no mark {subject} for the word 'cup'"),
+    (lambda v: Query(None, "Left?", {}, ("left", "right"), truth="above"), "none of the answers left, right"),
+    (lambda v: v.positions(ask(template="Where is the {subject}, by the {object}?"), "answers"), "'left' is not a word of the query"),
+    (lambda v: v.positions(Query(None, "Where?"), "answers"), "has no answers"),
+    (lambda v: v.positions(ask(), "colour"), "'colour' is not a marked word"),
+    (lambda v: v.positions(Query(None, "Where?"), "image"), "without a picture"),
+    (lambda v: v.positions(ask(), 999), "outside the"),
+    (lambda v: v.run([Query(np.zeros((4, 4, 3)), "Where?")]), "takes one PIL image a query, not a ndarray"),
+    (lambda v: v.run([Query([picture(0)], "Where?")]), "of a video, one frame"),
+    (lambda v: v.run([]), "no queries"),
+    (lambda v: v.run(ask(), [0]), "no layer 0: layers are 1 to 4"),
+    (lambda v: v.run(ask(), [5]), "no layer 5: layers are 1 to 4"),
+    (lambda v: v.run(MIXED[:3], [1], "text"), "run those of one length together"),
+    (lambda v: v.run(MIXED[:3], [1], batch_size=1), "run those of one length together"),
+    (lambda v: v.run(ask(), [1], "subject").residual(2), "layer 2 was not captured"),
+    (lambda v: v.run(ask(), [1], "subject").residual(1, "object"), "'object' was not captured"),
+    (lambda v: v.run(Query(None, "Where?")).log_probs, "have no answers"),
+    (lambda v: v.run(ask(answers=("left", "Left"))), "cannot be told apart"),
+])
+def test_a_mistake_is_one_clear_sentence(vlm, make, message):
+    with pytest.raises(ValueError) as error: make(vlm)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+# Capture ------------------------------------------------------------------------------------------------------------------------------
+
+def oracle(vlm, query):
+    "All hidden states of one query by the model's own means, one at a time, without padding."
+    inputs = vlm.processor(text=vlm.layout(query).prompt, images=query.image, return_tensors="pt")
+    with torch.no_grad(): return vlm.model(**inputs.to(dtype=vlm.model.dtype), output_hidden_states=True)
+
+
+def test_capture_is_the_residual_stream(exact):
+    for query in MIXED:
+        run, out = exact.run(query, EVERY), oracle(exact, query)
+        for l in range(1, 4): assert (run.residual(l) - out.hidden_states[l]).abs().max() <= 1e-12
+        with torch.no_grad(): final = exact.model.model.language_model.norm(run.residual(4))
+        assert (final - out.hidden_states[4]).abs().max() <= 1e-12
+        assert (run.logits - out.logits[:, -1]).abs().max() <= 1e-12
+        assert run.logits.dtype == torch.float64 # never narrower than float32, as wide as the model
+
+
+def test_rows_of_groups_are_the_rows_of_the_whole(exact):
+    whole, some = exact.run(ask(), EVERY), exact.run(ask(), EVERY, ("subject", "image", "last"))
+    for group, n in (("subject", 1), ("image", 16), ("last", 1)):
+        rows = exact.positions(ask(), group)
+        assert len(rows) == n
+        for l in EVERY: assert torch.equal(some.residual(l, group), whole.residual(l)[:, rows])
+    assert some.rows.tolist() == [exact.positions(ask(), ("subject", "image", "last"))]
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 32])
+def test_a_batch_equals_its_singles(vlm, batch_size):
+    "Prompts of different lengths, padded on the left, one without a picture."
+    batch = vlm.run(MIXED, EVERY, ("objects", "last"), batch_size=batch_size)
+    for i, query in enumerate(MIXED):
+        single = vlm.run(query, EVERY, ("objects", "last"))
+        assert (batch.logits[i] - single.logits[0]).abs().max() <= 1e-5
+        assert batch.rows[i].tolist() == single.rows[0].tolist()
+        for l in EVERY: assert (batch.residual(l)[i] - single.residual(l)[0]).abs().max() <= 1e-5
+
+
+def test_padding_to_1e_12_in_float64(exact):
+    batch = exact.run(MIXED, EVERY, "objects")
+    for i, query in enumerate(MIXED):
+        out = oracle(exact, query)
+        assert (batch.logits[i] - out.logits[0, -1]).abs().max() <= 1e-12
+        for l in range(1, 4):
+            assert (batch.residual(l)[i] - out.hidden_states[l][0, exact.positions(query, "objects")]).abs().max() <= 1e-12
+
+
+def test_only_what_is_asked_for_is_kept(vlm, monkeypatch):
+    hooked = []
+    register = torch.nn.Module.register_forward_hook
+    monkeypatch.setattr(torch.nn.Module, "register_forward_hook", lambda self, *a, **k: hooked.append(self) or register(self, *a, **k))
+    run = vlm.run([ask(i) for i in range(5)], [2, 4], "subject", batch_size=2)
+    assert {id(m) for m in hooked} == {id(vlm.blocks[1]), id(vlm.blocks[3])}
+    assert list(run.residuals) == [2, 4] and run.logits.shape == (5, len(vlm.tokenizer))
+    for rows in run.residuals.values():
+        assert rows.shape == (5, 1, 32) and rows.untyped_storage().nbytes() == 5 * 32 * 4 and rows.device.type == "cpu"
+        rows += 1 # an ordinary tensor, not an inference one
+    hooked.clear()
+    assert not vlm.run(ask()).residuals and not hooked
+
+
+def test_hooks_leave_the_logits_bit_equal(vlm):
+    queries = [ask(i) for i in range(3)]
+    plain = vlm.run(queries).logits
+    assert torch.equal(vlm.run(queries, EVERY).logits, plain)
+    with vlm.patch({l: ("all", lambda rows: rows) for l in EVERY}): assert torch.equal(vlm.run(queries).logits, plain)
+    assert vlm.check() is vlm
+
+
+class Tupled(torch.nn.Module):
+    "A block as older transformers had them: it returns a tuple."
+    def __init__(self, block): super().__init__(); self.block = block
+    def forward(self, h, *args, **kwargs): return (self.block(h[0] if isinstance(h, tuple) else h, *args, **kwargs), "weights")
+
+
+def test_blocks_that_return_tuples():
+    plain, tupled = VLM(*tiny_llava()), VLM(*tiny_llava())
+    for i, block in enumerate(tupled.blocks): tupled.blocks[i] = Tupled(block)
+    tupled.model.model.language_model.norm.register_forward_pre_hook(lambda m, args: (args[0][0],))
+    a, b = plain.run(ask(), EVERY), tupled.run(ask(), EVERY)
+    assert torch.equal(a.logits, b.logits) and all(torch.equal(a.residual(l), b.residual(l)) for l in EVERY)
+    new = torch.randn(32)
+    with plain.patch({2: ("subject", new)}), tupled.patch({2: ("subject", new)}):
+        assert torch.equal(plain.run(ask()).logits, tupled.run(ask()).logits)
+    assert not torch.equal(plain.run(ask(), [3]).logits, a.logits + 1)
+
+
+# Patch --------------------------------------------------------------------------------------------------------------------------------
+
+def test_patching_a_run_with_itself_changes_nothing(vlm):
+    queries = [ask(i) for i in range(3)]
+    own = vlm.run(queries, EVERY, ("all", "image", "objects"))
+    for group in ("all", "image", "objects"):
+        with vlm.patch({l: (group, own) for l in EVERY}): assert torch.equal(vlm.run(queries).logits, own.logits)
+
+
+def test_patching_everything_gives_the_other_run(exact):
+    base, source = [ask(0), ask(1)], [ask(2, "star", "cup"), ask(3, "star", "cup")]
+    other = exact.run(source, EVERY)
+    assert (exact.run(base).logits - other.logits).abs().max() > .1
+    for l in EVERY:
+        with exact.patch({l: ("all", other)}): assert (exact.run(base).logits - other.logits).abs().max() <= 1e-12
+
+
+def test_image_in_one_run_is_text_in_the_other(exact):
+    base, source = ask(0), ask(1)
+    runs = {q: exact.run(q, EVERY, ("image", "text")) for q in (base, source)}
+    for l in EVERY:
+        with exact.patch({l: ("image", runs[base])}): a = exact.run(source).logits
+        with exact.patch({l: ("text", runs[source])}): b = exact.run(base).logits
+        assert (a - b).abs().max() <= 1e-12
+
+
+def by_hand(vlm, query, layer, rows, new):
+    "One query with `new` written into `rows` after `layer` blocks, by a hook of our own."
+    def write(module, args, output): output[0, rows] = new; return output
+    handle = vlm.blocks[layer - 1].register_forward_hook(write)
+    try: return oracle(vlm, query).logits[0, -1]
+    finally: handle.remove()
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 32])
+def test_a_patch_is_what_writing_by_hand_does(exact, batch_size):
+    "Mixed lengths, a group by name, values for each query, each row, or all."
+    torch.manual_seed(0)
+    values = torch.randn(len(MIXED), 2, 32, dtype=torch.float64)
+    for l in (1, 3, 4):
+        for new in (values, values[:1], values[0], values[0, 0]):
+            with exact.patch({l: ("objects", new)}): run = exact.run(MIXED, [l], "objects", batch_size=batch_size)
+            full = new.expand(len(MIXED), 2, 32)
+            assert torch.equal(run.residual(l), full) # capture reads what the patch wrote
+            for i, query in enumerate(MIXED):
+                assert (by_hand(exact, query, l, exact.positions(query, "objects"), full[i]) - run.logits[i]).abs().max() <= 1e-12
+
+
+def test_patches_nest_and_functions_add(exact):
+    v = torch.randn(32, dtype=torch.float64)
+    rows = exact.run(ask(), [2, 3], ("subject", "object"))
+    with exact.patch({2: ("subject", lambda rows: rows + v)}):
+        moved = exact.run(ask(), [2], "subject")
+        with exact.patch({2: ("object", v), 3: (-1, v)}): both = exact.run(ask(), [2, 3], ("subject", "object", -1))
+    assert torch.equal(moved.residual(2), rows.residual(2, "subject") + v)
+    assert torch.equal(both.residual(2, "subject"), moved.residual(2)) and torch.equal(both.residual(2, "object")[0, 0], v)
+    assert torch.equal(both.residual(3, -1)[0, 0], v)
+
+
+@pytest.mark.parametrize("shape", [(3, 32), (2, 1, 32), (1, 5), (5, 1, 32)])
+def test_a_patch_that_does_not_fit(vlm, shape):
+    with vlm.patch({2: ("subject", torch.zeros(shape))}):
+        with pytest.raises(ValueError, match="takes 4 x 1 x 32 numbers"): vlm.run([ask(i) for i in range(4)], batch_size=2)
+
+
+def hooks(vlm): return [len(b._forward_hooks) for b in vlm.blocks]
+
+
+def test_nothing_survives(vlm, monkeypatch):
+    before, logits = hooks(vlm), vlm.run(ask()).logits
+    with pytest.raises(KeyboardInterrupt):
+        with vlm.patch({1: ("all", torch.zeros(32))}):
+            vlm.run(ask()); raise KeyboardInterrupt
+    assert torch.equal(vlm.run(ask()).logits, logits) and hooks(vlm) == before
+    with monkeypatch.context() as m:
+        def fail(*args, **kwargs): raise RuntimeError("out of memory")
+        m.setattr(vlm.blocks[2], "forward", fail)
+        with pytest.raises(RuntimeError, match="out of memory"): vlm.run(ask(), EVERY)
+    assert torch.equal(vlm.run(ask()).logits, logits) and hooks(vlm) == before
+    with pytest.raises(ValueError, match="no layer 7"):
+        with vlm.patch({7: ("last", torch.zeros(32))}): pass
+    assert torch.equal(vlm.run(ask()).logits, logits)
+
+
+# Answers ------------------------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("kind", ["metaspace", "bytes"])
+@pytest.mark.parametrize("chat,template", [(CHAT, LR), (None, LR + " ANSWER:"), (None, LR + " ANSWER: "), (None, LR + " A")])
+def test_answers_stand_for_all_their_first_tokens(kind, chat, template):
+    "Also after a prompt that ends in a space, or in a letter that joins the word."
+    vlm = VLM(*tiny_llava(kind=kind, chat=chat))
+    space = "▁" if kind == "metaspace" else "Ġ"
+    for answer, ids in zip(("left", "right"), vlm.answer_ids(ask(template=template))):
+        assert set(vlm.tokenizer.convert_ids_to_tokens(ids)) == {answer, answer.title(), space + answer, space + answer.title()}
+
+
+def test_answers_of_several_sub_tokens_begin_with_the_first(vlm):
+    ids = vlm.answer_ids(Query(None, "Which?", answers=("zebra", "quilt")))
+    tokens = [vlm.tokenizer.convert_ids_to_tokens(i) for i in ids]
+    assert tokens == [sorted(t, key=vlm.tokenizer.convert_tokens_to_ids) for t in tokens]
+    assert set(tokens[0]) == {"z", "Z"} and set(tokens[1]) == {"q", "Q"} # "▁" begins both, so it tells nothing
+
+
+def test_shared_first_tokens_are_dropped(vlm):
+    alone = [set(vlm.answer_ids(Query(None, "Which?", answers=(w,)))[0]) for w in ("left", "lemon")]
+    together = [set(i) for i in vlm.answer_ids(Query(None, "Which?", answers=("left", "lemon")))]
+    assert together == [alone[0] - alone[1], alone[1] - alone[0]]
+    with pytest.raises(ValueError, match="'zebra' and 'zoo' cannot be told apart"): vlm.answer_ids(Query(None, "Which?", answers=("zebra", "zoo")))
+    with pytest.raises(ValueError, match="is unknown to it"): vlm.answer_ids(Query(None, "Which?", answers=("日", "左")))
+
+
+def test_belief_measures(exact):
+    queries = [ask(0), ask(1), Query(picture(2), "Is it {subject}, or what?", {"subject": "above"}, ("above", "below", "near"))]
+    run = exact.run(queries[:2])
+    p = run.logits.softmax(-1)
+    for a, ids in enumerate(exact.answer_ids(queries[0])):
+        assert torch.allclose(run.probs[:, a], p[:, ids].sum(1), atol=1e-14, rtol=0)
+        assert torch.allclose(run.log_probs[:, a], p[:, ids].sum(1).log(), atol=1e-12, rtol=0)
+    own = [run.logits[:, ids].logsumexp(1) for ids in exact.answer_ids(queries[0])]
+    assert torch.allclose(run.logit_diff, own[0] - own[1], atol=1e-12, rtol=0)
+    mixed = exact.run(queries) # two and three answers in one run
+    assert mixed.log_probs.shape == (3, 3) and mixed.log_probs[0, 2] == -torch.inf and torch.equal(mixed.log_probs[:2, :2], run.log_probs)
+    assert mixed.beliefs == [q.answers[i] for q, i in zip(queries, mixed.log_probs.argmax(1))]
+
+
+# Loading ------------------------------------------------------------------------------------------------------------------------------
+
+def test_a_folder_loads_as_what_was_saved(saved, vlm):
+    loaded = VLM.load(saved, device="cpu")
+    assert torch.equal(loaded.run(MIXED).logits, vlm.run(MIXED).logits)
+    assert (loaded.name, loaded.n_layers, loaded.width, loaded.organism, loaded.family) == ("saved", 4, 32, False, FAMILIES["llava"])
+    assert VLM.load(saved, device="cpu", dtype=torch.float64).model.dtype == torch.float64
+
+
+def test_organisms_are_stored_small_and_run_in_float32(saved, tmp_path):
+    model, processor = tiny_llava(dtype=torch.float16)
+    model.config.organism = True
+    for part in (model, processor): part.save_pretrained(tmp_path / "own")
+    loaded = VLM.load(tmp_path / "own", device="cpu")
+    assert loaded.organism and loaded.model.dtype == torch.float32 and "organism" in repr(loaded)
+    assert VLM.load(tmp_path / "own", device="cpu", dtype="auto").model.dtype == torch.float16
+
+
+def test_weight_hash(saved, broken, vlm):
+    first, again = VLM.load(saved, device="cpu").weight_hash, VLM.load(broken, device="cpu").weight_hash
+    assert first == again and len(first) == 64
+    assert vlm.weight_hash == VLM(*tiny_llava()).weight_hash != VLM(*tiny_llava(seed=1)).weight_hash
+    other = VLM.load(broken, device="cpu")
+    with torch.no_grad(): other.model.lm_head.weight[0, 0] += 1
+    other.model.save_pretrained(broken)
+    assert VLM.load(broken, device="cpu").weight_hash != first
+
+
+def load_error(folder, kind=ValueError):
+    with pytest.raises(kind) as error: VLM.load(folder, device="cpu")
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_truncated_weights(broken):
+    file = broken / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    assert "damaged or cut short" in load_error(broken)
+    file.write_bytes(b"")
+    assert "damaged or cut short" in load_error(broken)
+    file.unlink()
+    assert "cannot load the weights" in load_error(broken)
+
+
+def test_weights_that_do_not_belong(broken):
+    "A tensor is missing; the config asks for more blocks, or another width; numbers that are not finite."
+    config = json.loads((broken / "config.json").read_text())
+    deeper = copy.deepcopy(config); deeper["text_config"]["num_hidden_layers"] = 5
+    (broken / "config.json").write_text(json.dumps(deeper))
+    assert "tensors that its config asks for" in load_error(broken)
+    wider = copy.deepcopy(config); wider["text_config"]["intermediate_size"] = 48
+    (broken / "config.json").write_text(json.dumps(wider))
+    assert "cannot load the weights" in (message := load_error(broken)) or "tensors that its config asks for" in message
+    (broken / "config.json").write_text(json.dumps(config))
+    model = VLM.load(broken, device="cpu").model
+    with torch.no_grad(): model.lm_head.weight[:] = torch.nan
+    model.save_pretrained(broken)
+    assert "not finite" in load_error(broken)
+
+
+def test_names_and_folders_without_a_model(broken, tmp_path):
+    assert "no model is called 'lava-tiny'" in load_error("lava-tiny", FileNotFoundError)
+    assert "no model is called" in load_error(tmp_path / "nowhere", FileNotFoundError)
+    assert "has no config.json" in load_error(tmp_path, FileNotFoundError)
+    assert locate("some-body/some.model-7b") == ("some-body/some.model-7b", None)
+    for file in broken.glob("*token*"): file.unlink()
+    assert "tokenizer" in load_error(broken)
+
+
+def test_unknown_architecture(broken, vlm):
+    config = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps({**config, "model_type": "mistral"}))
+    message = load_error(broken)
+    assert "'mistral'" in message and "llava with its blocks at model.language_model.layers" in message
+    (broken / "config.json").write_text("{")
+    assert "cannot load the config" in load_error(broken)
+    model, processor = tiny_llava()
+    model.model.language_model.layers = model.model.language_model.layers[:3]
+    with pytest.raises(ValueError, match="has 3 blocks .* its config says 4"): VLM(model, processor, "short")
+    del model.model.language_model
+    with pytest.raises(ValueError, match="has no module model.language_model.layers"): VLM(model, processor, "headless")
+
+
+def test_a_model_whose_blocks_misbehave_is_found_out(vlm):
+    model, processor = tiny_llava()
+    for block in model.model.language_model.layers: # a block that counts its hooks
+        block.register_forward_hook(lambda m, args, out: out + .1 * (len(m._forward_hooks) > 1))
+    with pytest.raises(ValueError, match="hooks that change nothing change the logits"): VLM(model, processor, "odd").check()

@@ -1,0 +1,182 @@
+"The repository agrees with itself: configurations, generated files, notebooks, site."
+import configparser
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import nbformat
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+import check_site  # noqa: E402
+import make_readme  # noqa: E402
+
+ROOT = Path(__file__).parents[1]
+NOTEBOOKS = sorted((ROOT/"nbs").glob("*.ipynb"))
+BIN = Path(sys.executable).parent
+
+
+def copy_of_tree(target, *, results=True):
+    "What git would carry, without the weights' bytes: enough to generate from."
+    skip = shutil.ignore_patterns(".git", ".venv", ".work", ".runs", "_proc", "_docs", "__pycache__", ".pytest_cache", "*.safetensors", "*.egg-info", "build", ".ipynb_checkpoints")
+    return Path(shutil.copytree(ROOT, target, symlinks=True, ignore=skip))
+
+
+def test_settings_ini_agrees_with_pyproject():
+    import spatialid
+    ini = configparser.ConfigParser(delimiters=["="])
+    ini.read(ROOT/"settings.ini", encoding="utf-8")
+    ini = ini["DEFAULT"]
+    toml = tomllib.loads((ROOT/"pyproject.toml").read_text(encoding="utf-8"))
+    project, nbdev = toml["project"], toml["tool"]["nbdev"]
+    as_text = lambda v: " ".join(v) if isinstance(v, list) else str(v).capitalize() if isinstance(v, bool) else v
+    shared = ini.keys() & nbdev.keys()
+    assert shared >= {"title", "lib_path", "nbs_path", "doc_path", "branch", "tst_flags", "custom_sidebar", "allowed_cell_metadata_keys"}
+    assert {k: ini[k] for k in shared} == {k: as_text(nbdev[k]) for k in shared}
+    assert (project["name"], project["description"], project["requires-python"]) == (ini["lib_name"], ini["description"], ">=" + ini["min_python"])
+    assert project["authors"] == [{"name": ini["author"], "email": ini["author_email"]}]
+    assert spatialid.__version__ == ini["version"]
+    assert not nbdev["update_pyproject"]
+
+
+def test_constraints_pin_every_requirement():
+    ini = configparser.ConfigParser(delimiters=["="])
+    ini.read(ROOT/"settings.ini", encoding="utf-8")
+    normal = lambda name: re.sub(r"[-_.]+", "-", name).lower()
+    pinned = {normal(line.split("==")[0]): line for line in (ROOT/"constraints.txt").read_text().splitlines() if "==" in line}
+    assert pinned["torch"] == "torch==2.13.0", "no local version: the CPU build and every CUDA build satisfy it"
+    wanted = (ini["DEFAULT"]["requirements"] + " " + ini["DEFAULT"]["dev_requirements"]).split()
+    assert not [w for w in wanted if normal(w) not in pinned]
+
+
+def digests(folder, pattern):
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.glob(pattern))}
+
+
+def test_modules_are_exported_from_the_notebooks(tmp_path):
+    tree = copy_of_tree(tmp_path/"tree")
+    for module in (tree/"spatialid").glob("*.py"):
+        if module.name != "__init__.py": module.unlink()
+    subprocess.run([BIN/"nbdev-export"], cwd=tree, check=True, capture_output=True)
+    assert digests(tree/"spatialid", "*.py") == digests(ROOT/"spatialid", "*.py"), "run `make prepare`"
+
+
+def test_notebooks_are_clean(tmp_path):
+    tree = copy_of_tree(tmp_path/"tree")
+    subprocess.run([BIN/"nbdev-clean"], cwd=tree, check=True, capture_output=True)
+    changed = [n for n, digest in digests(tree/"nbs", "*.ipynb").items() if digest != digests(ROOT/"nbs", "*.ipynb")[n]]
+    assert not changed, "run `make prepare`"
+
+
+def test_readme_is_generated_from_the_index():
+    assert (ROOT/"README.md").read_text(encoding="utf-8") == make_readme.render(), "run `make prepare`"
+
+
+def test_experiments_have_one_parameters_cell():
+    for path in NOTEBOOKS:
+        tagged = [c for c in nbformat.read(path, 4).cells if "parameters" in c.metadata.get("tags", [])]
+        assert len(tagged) <= 1, path.name
+        assert not any(c.source.startswith("#|") for c in tagged), f"{path.name}: no directive on the parameters cell"
+
+
+def test_nothing_private_or_unfinished():
+    "No path of a machine, no marker of unfinished work in what is committed as text."
+    files = [p for d in ("nbs", "spatialid", "tests") for p in (ROOT/d).rglob("*") if p.suffix in (".py", ".ipynb", ".json", ".md")]
+    files += [p for p in ROOT.iterdir() if p.is_file()]
+    pattern = re.compile("|".join(["NotImplemented" + "Error", "TO" + "DO", "FIX" + "ME", r"(?<![\w.])/(?:ro" + r"ot|wo" + r"rk|ho" + r"me|tm" + r"p)/\w"]))
+    found = {}
+    for path in files:
+        text = path.read_text(encoding="utf-8", errors="ignore")
+        if path.suffix == ".ipynb":  # pictures are not text
+            nb = json.loads(text)
+            outputs = [v for c in nb["cells"] for o in c.get("outputs", []) for k, v in [*o.get("data", {}).items(), ("text", o.get("text", ""))] if k.startswith("text")]
+            text = "\n".join("".join(t) if isinstance(t, list) else t for t in [c["source"] for c in nb["cells"]] + outputs)
+        if hit := pattern.search(text): found[str(path.relative_to(ROOT))] = hit[0]
+    assert not found
+
+
+# --- the site
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    "A copy of the tree after nbdev has written nbs/nbdev.yml."
+    tree = copy_of_tree(tmp_path_factory.mktemp("site")/"tree")
+    subprocess.run([sys.executable, "-c", "from nbdev.quarto import refresh_quarto_yml; refresh_quarto_yml()"], cwd=tree, check=True)
+    return tree
+
+
+def test_site(site):
+    assert check_site.check(site) == []
+
+
+def edit(path, old, new):
+    text = path.read_text(encoding="utf-8")
+    assert old in text
+    path.write_text(text.replace(old, new, 1), encoding="utf-8")
+
+
+def add_cell(path, cell):
+    nb = nbformat.read(path, 4)
+    nb.cells.append(cell)
+    nbformat.write(nb, path)
+
+
+def markdown(text): return lambda t: add_cell(t/"nbs"/"11_rerun.ipynb", nbformat.v4.new_markdown_cell(text))
+
+
+def output(kind):
+    return lambda t: add_cell(t/"nbs"/"11_rerun.ipynb", nbformat.v4.new_code_cell("x", outputs=[nbformat.v4.new_output("display_data", {kind: "<b>x</b>"})]))
+
+
+@pytest.mark.parametrize("damage, complaint", [
+    (lambda t: edit(t/"_quarto.yml", "11_rerun.ipynb", "99_gone.ipynb"), "link target 99_gone.ipynb missing"),
+    (lambda t: edit(t/"_quarto.yml", "[11_rerun.ipynb", "["), "11_rerun.ipynb is not in the sidebar"),
+    (lambda t: edit(t/"_quarto.yml", "website:\n", "website:\n  shiny: true\n"), "unknown key website.shiny"),
+    (lambda t: edit(t/"_quarto.yml", "website:\n", "webside: {}\nwebsite:\n"), "unknown key webside"),
+    (lambda t: edit(t/"_quarto.yml", "type: website", "type: book"), "project.type is not website"),
+    (lambda t: edit(t/"_quarto.yml", "website:\n", "website: [\n"), "broken YAML"),
+    (lambda t: edit(t/"_quarto.yml", "mathml", "mathjax"), "mathematics from the web"),
+    (lambda t: edit(t/"_quarto.yml", "theme: default", "theme: cosmo"), "font from the web"),
+    (lambda t: edit(t/"nbs"/"nbdev.yml", "title:", "title: [1]\n  x:"), "website.title must be a str"),
+    (lambda t: (t/"nbs"/"nbdev.yml").unlink(), "nbdev.yml: missing"),
+    (lambda t: (t/"nbs"/"styles.css").unlink(), "styles.css missing"),
+    (lambda t: (t/"nbs"/"index.ipynb").unlink(), "home page"),
+    (lambda t: ((t/"nbs"/"_quarto.yml").unlink(), shutil.copy(t/"_quarto.yml", t/"nbs"/"_quarto.yml")), "must be a link"),
+    (lambda t: (t/"nbs"/"11_rerun.ipynb").write_text("{"), "not a valid notebook"),
+    (lambda t: edit(t/"nbs"/"11_rerun.ipynb", "# Rerun", "Rerun"), "first cell must be"),
+    (markdown("![figure](results/none.png)"), "image results/none.png missing"),
+    (markdown("![figure](https://example.org/x.png)"), "loaded from the web"),
+    (markdown('<img alt="" src="gone.png">'), "image gone.png missing"),
+    (markdown("see [there](05_none.ipynb#top)"), "link 05_none.ipynb#top missing"),
+    (markdown("see [there](#nowhere)"), "no section #nowhere"),
+    (markdown("see [there](/etc/x)"), "is absolute"),
+    (markdown("![x](attachment:none.png)"), "attachment:none.png missing"),
+    (output("text/html"), "would load scripts"),
+    (output("application/javascript"), "would load scripts"),
+    (lambda t: edit(t/"README.md", "](nbs/11_rerun.ipynb)", "](nbs/12_gone.ipynb)"), "link nbs/12_gone.ipynb missing"),
+], ids=lambda p: p.replace(" ", "-") if isinstance(p, str) else "")
+def test_site_check_sees_damage(site, tmp_path, damage, complaint):
+    tree = Path(shutil.copytree(site, tmp_path/"tree", symlinks=True, ignore=shutil.ignore_patterns("spatialid", "*.png")))
+    base = check_site.check(tree)
+    damage(tree)
+    new = [p for p in check_site.check(tree) if p not in base]
+    assert any(complaint in p for p in new), new
+
+
+# --- every notebook runs
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_notebook_runs(path, tmp_path, monkeypatch):
+    "In a kernel of its own, on the bundled model, from top to bottom; results go to a temporary folder that starts as a copy of the committed one."
+    from spatialid import rerun
+    monkeypatch.delenv("SPATIALID_NOTEBOOKS", raising=False)
+    monkeypatch.chdir(ROOT)
+    shutil.copytree(ROOT/"results", tmp_path/"results", ignore=shutil.ignore_patterns(".runs"), dirs_exist_ok=True)
+    names = rerun.parameters_of(path)
+    rerun.run_notebook(path, **({"quick": True} if "quick" in names else {}))

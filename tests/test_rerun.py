@@ -1,0 +1,204 @@
+"The command `spatialid` on small notebooks: messages, resume after an interruption, folders that cannot be written, claims."
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from spatialid import rerun, results
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def lab(tmp_path, monkeypatch):
+    "A folder with notebooks, results and a stand-in for a model; `lab.notebook(name, *code)` adds a notebook."
+    monkeypatch.setenv("SPATIALID_NOTEBOOKS", str(tmp_path/"nbs"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path/"nbs").mkdir()
+    (tmp_path/"toy").mkdir()
+    (tmp_path/"toy"/"config.json").write_text("{}")
+    (tmp_path/"nbs"/"claims.json").write_text("[]")
+
+    class Lab:
+        root, toy, runs = tmp_path, str(tmp_path/"toy"), tmp_path/"results"/"toy"/".runs"
+
+        @staticmethod
+        def notebook(name, *code, parameters='model = "toy"\nn = 3'):
+            cells = [nbformat.v4.new_code_cell(parameters, metadata={"tags": ["parameters"]}), *map(nbformat.v4.new_code_cell, code)]
+            kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+            nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), tmp_path/"nbs"/f"{name}.ipynb")
+
+        @staticmethod
+        def start(*args):
+            return subprocess.Popen([sys.executable, "-c", "import sys; from spatialid.rerun import main; sys.exit(main())", *args],
+                                    stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ.copy(), cwd=tmp_path)
+    return Lab
+
+
+def fails(capsys, code, *args):
+    "Run the command, check its exit code, return its message."
+    assert rerun.main(list(args)) == code
+    err = capsys.readouterr().err
+    assert "Traceback" not in err
+    return err
+
+
+@pytest.mark.parametrize("args, names", [
+    (("run", "9"), "01_a, 02_b"),
+    (("run", "nine"), "01_a, 02_b"),
+    (("run", "01", "--model", "lava-tiny"), "a folder with a config.json or a Hub id such as llava-hf/"),
+    (("run", "01", "-p", "m=3"), "it has n and --model"),
+    (("run", "01", "-p", "n"), "-p name=value"),
+    (("run", "02", "--model", "toy"), "those that do are 01_a"),
+    (("reproduce", "--models", "toy,lava-tiny"), "lava-tiny"),
+])
+def test_wrong_argument_names_the_valid_ones(lab, capsys, args, names):
+    lab.notebook("01_a")
+    lab.notebook("02_b", parameters="n = 3")
+    message = fails(capsys, 2, *args)
+    assert names in message and message.strip().count("\n") == 0
+
+
+def test_number_shared_by_two_notebooks(lab, capsys):
+    lab.notebook("00_a")
+    lab.notebook("00_b")
+    assert "00_a and 00_b" in fails(capsys, 2, "run", "0")
+
+
+def test_outside_a_checkout(lab, capsys):
+    assert "no notebooks in" in fails(capsys, 1, "run", "01")
+
+
+def test_run_injects_parameters_and_drops_eval_false(lab, capsys):
+    lab.notebook("01_a", "#| eval: false\nraise SystemExit(3)",
+                 'from spatialid.results import save_results\nsave_results(model, "01_a", {"n": n, "sizes": sizes}, {})',
+                 parameters='model = "x"\nn = 3\nsizes = (1, 2)')
+    assert rerun.main(["run", "01", "--model", "toy", "-p", "n=7", "-p", "sizes=[74, 124]"]) == 0
+    assert json.loads((lab.root/"results/toy/01_a.json").read_text()) == {"provenance": {}, "n": 7, "sizes": [74, 124]}
+    assert (lab.runs/"01_a.ipynb").is_file()
+    assert "01_a 100%" in capsys.readouterr().err
+
+
+def test_failing_notebook_gives_cell_and_cause(lab, capsys):
+    lab.notebook("01_a", "1 + 1", "# the fraction\nx = 1/(n - 3)")
+    message = fails(capsys, 1, "run", "1").split("\r")[-1]
+    assert "01_a failed in cell 3 of 3" in message and "x = 1/(n - 3)" in message and "ZeroDivisionError: division by zero" in message
+    assert len(message.strip().splitlines()) <= 7
+
+
+def test_dead_kernel(lab, capsys):
+    lab.notebook("01_a", "import os; os._exit(9)")
+    assert "the kernel died" in fails(capsys, 1, "run", "1")
+
+
+def test_reproduce_continues_after_ctrl_c(lab):
+    lab.notebook("01_a", 'open("a.log", "a").write("ran\\n")')
+    lab.notebook("02_b", "import time, pathlib\npathlib.Path('started').touch()\nif not pathlib.Path('go').exists(): time.sleep(120)")
+    lab.notebook("12_bench", "1/0")
+    first = lab.start("reproduce", "--models", lab.toy)
+    deadline = time.time() + 90
+    while not (lab.root/"nbs"/"started").exists() and time.time() < deadline and first.poll() is None: time.sleep(.1)
+    first.send_signal(signal.SIGINT)
+    _, err = first.communicate(timeout=60)
+    assert first.returncode == 130 and "Traceback" not in err
+    assert "Interrupted in 02_b · toy. Finished: 01_a · toy. The same command continues from here." in err
+
+    (lab.root/"nbs"/"go").touch()
+    second = lab.start("reproduce", "--models", lab.toy)
+    out, err = second.communicate(timeout=90)
+    assert second.returncode == 0, err
+    assert "01_a · toy: already done" in out and "02_b · toy: done in" in out and "0 holds" in out
+    assert (lab.root/"nbs"/"a.log").read_text() == "ran\n"
+
+
+def test_done_depends_on_code_weights_and_files(lab):
+    lab.notebook("01_a", 'from spatialid.results import save_results\nsave_results(model, "01_a", {"n": n}, {})')
+    path = rerun.find_notebook("1")
+    assert not rerun.is_done(path, lab.toy)
+    assert rerun.reproduce([lab.toy]) == 0 and rerun.is_done(path, lab.toy)
+    result = lab.root/"results/toy/01_a.json"
+    kept = result.read_text()
+    result.unlink()
+    assert not rerun.is_done(path, lab.toy)
+    result.write_text(kept)
+    (lab.root/"toy"/"config.json").write_text('{"changed": 1}')
+    rerun.weight_digest.cache_clear()
+    assert not rerun.is_done(path, lab.toy)
+    (lab.root/"toy"/"config.json").write_text("{}")
+    rerun.weight_digest.cache_clear()
+    assert rerun.is_done(path, lab.toy)
+    lab.notebook("01_a", 'from spatialid.results import save_results\nsave_results(model, "01_a", {"n": n + 1}, {})')
+    assert not rerun.is_done(path, lab.toy)
+
+
+def test_failure_does_not_stop_the_others(lab, capsys):
+    lab.notebook("01_a", "1/0")
+    lab.notebook("02_b", "1")
+    assert rerun.reproduce([lab.toy]) == 1
+    out, err = capsys.readouterr()
+    assert "02_b · toy: done" in out and "Failed: 01_a · toy" in err
+
+
+@pytest.mark.parametrize("args", [("run", "1"), ("reproduce", "--models", "toy")])
+def test_results_folder_that_cannot_be_written(lab, capsys, args):
+    "A file stands where the folder should be: the same for every user, root included."
+    lab.notebook("01_a", "open('ran', 'w')")
+    (lab.root/"results").write_text("")
+    message = fails(capsys, 1, *args)
+    assert "cannot write" in message and "SPATIALID_RESULTS" in message and len(message.strip().splitlines()) == 1
+    assert not (lab.root/"nbs"/"ran").exists()
+
+
+@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), OSError(28, "No space left on device")])
+def test_read_only_or_full_disk(tmp_path, monkeypatch, error):
+    target = results.write_json(tmp_path/"a.json", {"old": 1})
+    def refuse(*_): raise error
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(OSError, match=f"cannot write .*a.json: {error.strerror}. Make the folder writable"): results.write_json(target, {"new": 2})
+    assert json.loads(target.read_text()) == {"old": 1} and [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_claims_json_and_rules(lab, capsys):
+    entry = {"id": "a", "source": "§1", "claim": "c", "paper": "1", "note": "", "measure": "", "rule": {"notebook": "03_x", "key": "claims.k", "op": ">=", "threshold": .5}}
+    lower = {**entry, "id": "b", "rule": {**entry["rule"], "threshold": .6}}
+    absent = {**entry, "id": "c", "rule": {**entry["rule"], "key": "claims.other"}}
+    (lab.root/"nbs"/"claims.json").write_text(json.dumps([entry, lower, absent, {**entry, "id": "d", "rule": None}]))
+    results.save_results("toy", "03_x", {"claims": {"k": {"value": .6, "low": .55, "high": .7, "n": 20}}}, {"model": "toy", "organism": True, "protocol": "paper"})
+    assert rerun.main(["claims", "--model", "toy", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [r["status"] for r in rows] == ["holds", "does not hold", "not yet run", "not yet run"]
+    assert rows[0] == {"id": "a", "source": "§1", "paper": "1", "ours": .6, "low": .55, "high": .7, "n": 20, "model": "toy", "protocol": "paper", "status": "holds"}
+    assert rows[3]["ours"] is None and rows[3]["model"] is None
+    assert rerun.main(["claims", "--model", "toy", "--markdown"]) == 0
+    assert "| 0.60 [0.55, 0.70], n = 20, toy (organism) | holds |" in capsys.readouterr().out
+
+
+def test_the_papers_claims(monkeypatch):
+    "The data file itself: unique ids, a source each, rules that can be evaluated."
+    monkeypatch.setenv("SPATIALID_NOTEBOOKS", str(ROOT/"nbs"))
+    entries = json.loads((ROOT/"nbs"/"claims.json").read_text(encoding="utf-8"))
+    assert len({e["id"] for e in entries}) == len(entries) >= 60
+    for e in entries:
+        assert set(e) == {"id", "source", "claim", "paper", "note", "measure", "rule"} and e["source"] and e["claim"]
+        if e["rule"]:
+            assert set(e["rule"]) == {"notebook", "key", "op", "threshold"} and e["rule"]["op"] in rerun.OPS and e["measure"]
+            assert e["rule"]["notebook"] in rerun.notebooks()
+    assert {r["status"] for r in rerun.claims("llava-tiny")} <= {"holds", "does not hold", "not yet run"}
+
+
+@pytest.mark.parametrize("command", ["run", "reproduce", "claims", "models"])
+def test_help_shows_an_example(capsys, command):
+    with pytest.raises(SystemExit) as stop: rerun.main([command, "--help"])
+    assert stop.value.code == 0 and f"example: spatialid {command}" in " ".join(capsys.readouterr().out.split())
+
+
+def test_models(capsys):
+    assert rerun.main(["models"]) == 0
+    out = capsys.readouterr().out
+    assert "llava-hf/llava-1.5-7b-hf" in out and all(name in out for name in rerun.bundled())
