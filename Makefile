@@ -26,7 +26,7 @@ bench: env
 	$(BIN)/spatialid run 12_bench
 
 organisms: env
-	$(BIN)/spatialid run 10_organisms -p train=True
+	$(BIN)/python -m spatialid.organisms train llava-tiny
 
 # For authors, after editing notebooks: modules, clean notebooks, README.
 prepare: env

@@ -333,7 +333,7 @@ _ANSWERS = dict(left_right=("left", "right"), above_below=("above", "below"), fr
 _SWAPPED = dict(left_right="Is the {subject} to the right or left of the {object}?", above_below="Is the {subject} below or above the {object}?",
                 front_behind="Is the {subject} behind or in front of the {object}?", near_far="Is the {subject} far from or near the {object}?")
 
-# %% ../nbs/01_data.ipynb #61c457c4
+# %% ../nbs/01_data.ipynb #dddd607b
 @dataclass(frozen=True)
 class Scene:
     "A free scene: things from far to near, the horizon (fraction of the side), and what is needed to draw it again."
@@ -375,16 +375,16 @@ class Scene:
         return q and Query(image, *q)
 
     def captions(self) -> list:
-        "Sentences that are true of the scene: one for each object, and one for each pair that has a clear relation."
+        "Phrases that are true of the scene, from left to right: one for each thing, then one for each pair of neighbours with a clear relation."
         look = lambda o: f"{o.colour} {o.name}" if o.colour else o.name
-        near = self.things[::-1]
-        out = [f"a {look(o)} at the {place(o.x, o.y)}" for o in near]
-        for s, o in zip(near, near[1:]):
+        row = sorted(self.things, key=lambda o: o.x)
+        out = [f"a {look(o)} at the {place(o.x, o.y)}" for o in row]
+        for s, o in zip(row, row[1:]):
             if (r := relation("left_right", s, o)): out.append(f"a {s.name} to the {r} of a {o.name}")
             if (r := relation("above_below", s, o)): out.append(f"a {s.name} {r} a {o.name}")
         return out
 
-# %% ../nbs/01_data.ipynb #8e8aded5
+# %% ../nbs/01_data.ipynb #f65b8665
 def _ask(kind, scene, g):
     "Template, words, answers, truth and kind of one question, or None where the scene has none of this kind."
     t = [scene.things[i] for i in g.permutation(len(scene.things))]
@@ -401,6 +401,7 @@ def _ask(kind, scene, g):
         return found and (_TEMPLATES[kind], dict(zip(("subject", "object", "other"), (q.name for q in found[0][:3]))), ("yes", "no"), found[0][3], kind) or None
     if kind == "existence":
         absent = [n for n in scene.source.objects.names if n not in {o.name for o in t}]
+        if not absent: return None
         name, truth = (t[0].name, "yes") if g.random() < .5 else (absent[g.integers(len(absent))], "no")
         return _TEMPLATES[kind], dict(subject=name), ("yes", "no"), truth, kind
     if kind == "colour":

@@ -105,17 +105,17 @@ def grid_null(
     order = np.argsort(rng(seed, "permutations").random((n, len(gram))), axis=1)
     return grid_statistics(gram[order[:, :, None], order[:, None, :]])
 
-# %% ../nbs/03_extraction.ipynb #f69451f8
+# %% ../nbs/03_extraction.ipynb #375ad23b
 def around(
     values:np.ndarray, # (1 + draws,): the measured value, then bootstrap draws of it
     k:int, # units resampled
 )->dict: # {value, low, high, n}
-    "The value with the spread of its draws around it (95 %), widened by √(k/(k−1)) for few units and cut at ±1; no interval below three units."
+    "The value with the spread of its draws around it (95 %), widened by √(k/(k−1)) for few units and kept within ±1 (above 0 if no draw is below); none for two units."
     value, draws = float(values[0]), values[1:]
     if k < 3:
         return {"value": value, "low": None, "high": None, "n": k}
     low, high = value + np.sqrt(k / (k - 1)) * np.quantile(draws - draws.mean(), [0.025, 0.975])
-    return {"value": value, "low": float(max(low, -1)), "high": float(min(high, 1)), "n": k}
+    return {"value": value, "low": float(max(low, min(0, *draws), -1)), "high": float(min(high, 1)), "n": k}
 
 
 def resample(
@@ -515,7 +515,7 @@ def of_pairs(
     pick = [i for i, pair in enumerate(self.pairs) if set(pair) <= set(objects)]
     return self.pair_ids[pick, self.find("pair_layers", layer)].astype(np.float64).mean(0)
 
-# %% ../nbs/03_extraction.ipynb #76b8d5c9
+# %% ../nbs/03_extraction.ipynb #cff80887
 CELL_COLOURS = ("#D55E00", "#E69F00", "#009E73", "#0072B2")  # columns from left to right (Okabe and Ito)
 
 
@@ -546,6 +546,5 @@ def plot_ids(
             ax.plot(*one.T, color="0.6", linewidth=0.8, zorder=1)
     colours = [cell_colour(x, y, m) for y in range(m) for x in range(m)]
     ax.scatter(*xy.reshape(-1, 2).T, s=size, c=colours, marker=marker, zorder=3, **{"edgecolor": "white", "linewidth": 0.6, **style})
-    ax.set_aspect("equal", adjustable="datalim")
-    if not ax.yaxis_inverted():
-        ax.invert_yaxis()
+    reach = max(1.15 * np.abs(xy).max(), *np.abs(ax.get_xlim()), *np.abs(ax.get_ylim())) if ax.yaxis_inverted() else 1.15 * np.abs(xy).max()
+    ax.set(xlim=(-reach, reach), ylim=(reach, -reach), aspect="equal")

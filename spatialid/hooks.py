@@ -6,13 +6,14 @@
 __all__ = ['BUNDLED', 'FAMILIES', 'STAND_IN', 'fill', 'Query', 'bundled', 'locate', 'Family', 'find_family', 'VLM', 'Layout',
            'Run']
 
-# %% ../nbs/00_hooks.ipynb #9a4a2948
+# %% ../nbs/00_hooks.ipynb #c205cba9
 import hashlib, inspect, re
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib.resources import files
 from itertools import accumulate
+from numbers import Integral
 from pathlib import Path
 from string import Formatter
 
@@ -43,7 +44,7 @@ def fill(
             raise ValueError(f"the template '{template}' has no mark {{{mark}}} for the word '{words[mark]}': write {{{mark}}} where it goes")
     return text, spans
 
-# %% ../nbs/00_hooks.ipynb #0dfa95dc
+# %% ../nbs/00_hooks.ipynb #4314047a
 @dataclass(frozen=True, eq=False)
 class Query:
     "A picture, a question with marked words, and the answers to compare. Raises ValueError when marks and words differ."
@@ -55,7 +56,8 @@ class Query:
     kind: str = "" # "left_right", "above_below", ...
 
     def __post_init__(self):
-        object.__setattr__(self, "answers", tuple(self.answers))
+        object.__setattr__(self, "answers", (self.answers,) if isinstance(self.answers, str) else tuple(self.answers))
+        if not all(self.answers): raise ValueError(f"one of the answers {self.answers} is empty: give words, as in ('left', 'right')")
         fill(self.template, tuple(self.words.items()))
         if self.truth is not None and self.answers and self.truth not in self.answers:
             raise ValueError(f"truth is '{self.truth}', which is none of the answers {', '.join(self.answers)}")
@@ -66,7 +68,7 @@ class Query:
     @property
     def spans(self): return fill(self.template, tuple(self.words.items()))[1]
 
-# %% ../nbs/00_hooks.ipynb #cd36bee9
+# %% ../nbs/00_hooks.ipynb #3ceadcf1
 @patch
 def answer_spans(self:Query) -> list: # [(start, end), ...] in characters of the text, in the order of `answers`
     "Where the answers stand in the text as whole words. Raises ValueError when one does not."
@@ -74,7 +76,8 @@ def answer_spans(self:Query) -> list: # [(start, end), ...] in characters of the
     for answer in self.answers:
         places = [m.span() for m in re.finditer(rf"(?<!\w){re.escape(answer)}(?!\w)", self.text, re.I)]
         places = [p for p in places if not any(a <= p[0] and p[1] <= b and (a, b) != p for a, b in marked)]
-        if not places: raise ValueError(f"the answer '{answer}' is not a word of the query '{self.text}': name it in the template to use the group 'answers'")
+        if not places:
+            raise ValueError(f"the answer '{answer}' is not a word of the query '{self.text}': name it in the template to use the group 'answers'")
         found += places
     if not found: raise ValueError(f"the query '{self.text}' has no answers: give answers=('left', 'right') to use the group 'answers'")
     return found
@@ -169,7 +172,7 @@ def render(self:VLM,
     content = [{"type": "image"}] * image + [{"type": "text", "text": text}]
     return self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False)
 
-# %% ../nbs/00_hooks.ipynb #b9e00184
+# %% ../nbs/00_hooks.ipynb #0f9922cc
 @dataclass(frozen=True)
 class Layout:
     "A rendered prompt and the places of its words."
@@ -184,7 +187,8 @@ class Layout:
     ) -> int: # negative
         "The token that holds the character before `end`. Raises ValueError when none does."
         hits = [i for i, (a, b) in enumerate(self.offsets) if a < end <= b]
-        if not hits: raise ValueError(f"no token holds character {end} of the question in {self.prompt!r}: use a fast tokenizer, which reports offsets")
+        if not hits:
+            raise ValueError(f"no token holds character {end} of the question in {self.prompt!r}: use a fast tokenizer, which reports offsets")
         return hits[-1] - len(self.tail)
 
 # %% ../nbs/00_hooks.ipynb #2c867e4a
@@ -211,7 +215,7 @@ def layout(self:VLM, query:Query) -> Layout:
     key = query.template, tuple(query.words.items()), query.image is not None
     return self.known(key, lambda: self._layout(*key))
 
-# %% ../nbs/00_hooks.ipynb #60aeedd3
+# %% ../nbs/00_hooks.ipynb #eb06cca8
 @patch
 def encode(self:VLM,
     queries:list, # of `Query`
@@ -220,7 +224,8 @@ def encode(self:VLM,
     layouts, images = [self.layout(q) for q in queries], [q.image for q in queries if q.image is not None]
     for image in images:
         if not isinstance(image, Image.Image):
-            raise ValueError(f"{self.family.title} takes one PIL image a query, not a {type(image).__name__}: open it with PIL.Image.open (of a video, one frame)")
+            raise ValueError(f"{self.family.title} takes one PIL image a query, not a {type(image).__name__}: "
+                             "open it with PIL.Image.open (of a video, one frame)")
     batch = self.processor(text=[l.prompt for l in layouts], images=[i.convert("RGB") for i in images] or None, return_tensors="pt",
                            padding=True, padding_side="left", add_special_tokens=layouts[0].special)
     for layout, ids in zip(layouts, batch["input_ids"].tolist()):
@@ -230,13 +235,13 @@ def encode(self:VLM,
     if self.family.position_ids and not mask.all(): batch["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
     return batch
 
-# %% ../nbs/00_hooks.ipynb #90b2a8ab
+# %% ../nbs/00_hooks.ipynb #d7870db8
 @patch
 def _rows(self:VLM, query, group, ids):
     "Token positions of a group among the unpadded `ids` of a query."
-    if isinstance(group, (tuple, list)): return [row for g in group for row in self._rows(query, g, ids)]
+    if not isinstance(group, (str, Integral)): return [row for g in group for row in self._rows(query, g, ids)]
     n, layout = len(ids), self.layout(query)
-    if isinstance(group, int):
+    if isinstance(group, Integral):
         if not -n <= group < n: raise ValueError(f"position {group} is outside the {n} tokens of '{query.text}'")
         return [group % n]
     if group in ("all", "last"): return list(range(n)) if group == "all" else [n - 1]
@@ -245,7 +250,9 @@ def _rows(self:VLM, query, group, ids):
         if group == "image" and not image.any(): raise ValueError(f"'{query.text}' is asked without a picture, so it has no group 'image'")
         first = int(image.int().argmax()) if image.any() else int(ids[0] == self.tokenizer.bos_token_id)
         return [i for i, seen in enumerate(image.tolist()) if i >= first and seen == (group == "image")]
-    if group == "objects": rows = [row for mark in layout.rows if re.match("subject|object", mark) for row in layout.rows[mark]]
+    if group == "objects":
+        marks = sorted((m for m in layout.rows if re.match("subject|object", m)), key=lambda m: (m != "subject", m))
+        rows = [row for mark in marks for row in layout.rows[mark]]
     elif group == "answers": rows = [layout.row(end) for _, end in query.answer_spans()]
     else: rows = layout.rows.get(group)
     if not rows:
@@ -267,15 +274,16 @@ def tokens(self:VLM, query:Query) -> list:
     "The tokens of the prompt, image tokens included, as strings."
     return self.tokenizer.convert_ids_to_tokens(self.encode([query])["input_ids"][0].tolist())
 
-# %% ../nbs/00_hooks.ipynb #5192ee36
+# %% ../nbs/00_hooks.ipynb #b0b1dfa8
 @patch
 def _first_token(self:VLM, prefix, word):
     "The first token of `word` after `prefix`, or None if the two do not come apart."
     before = self.tokenizer(prefix, add_special_tokens=False)["input_ids"]
     both = self.tokenizer(prefix + word, add_special_tokens=False, return_offsets_mapping=True)
     if both["input_ids"][:len(before)] != before or len(both["input_ids"]) == len(before): return None
-    token, (start, _) = both["input_ids"][len(before)], both["offset_mapping"][len(before)]
-    return token if start >= len(prefix) and token != self.tokenizer.unk_token_id else None
+    token, (start, end) = both["input_ids"][len(before)], both["offset_mapping"][len(before)]
+    says_nothing = token == self.tokenizer.unk_token_id or not (prefix + word)[start:end].strip()
+    return None if start < len(prefix) or says_nothing else token
 
 @patch
 def _answer_ids(self:VLM, end, answers):
@@ -382,7 +390,7 @@ def _batch(self:VLM, queries, start, total, layers, groups):
     if found: kept["rows"] = rows - torch.tensor(pad, device=self.device)[:, None]
     return kept, {group: where.shape[1] for group, where in found.items()}
 
-# %% ../nbs/00_hooks.ipynb #6f93b03b
+# %% ../nbs/00_hooks.ipynb #720c2533
 @patch
 def run(self:VLM,
     queries, # a `Query` or several
@@ -393,13 +401,14 @@ def run(self:VLM,
 ) -> Run:
     "Ask the queries; keep the next token's logits and the rows asked for. Raises ValueError for an unknown layer or group."
     queries, layers = [queries] if isinstance(queries, Query) else list(queries), self.check_layers(layers)
-    groups = ("all",) if at is None else tuple(at) if isinstance(at, (tuple, list)) else (at,)
+    groups = ("all",) if at is None else (at,) if isinstance(at, (str, Integral)) else tuple(at)
     if not queries: raise ValueError("there are no queries to run: give at least one")
     total, out, first = len(queries), {}, None
     for start in range(0, total, batch_size):
         kept, sizes = self._batch(queries[start:start + batch_size], start, total, layers, groups)
         first = first or sizes
-        if sizes != first: raise ValueError(f"the groups have {first} tokens in some queries and {sizes} in others: run those of one length together, or ask for single words")
+        if sizes != first:
+            raise ValueError(f"the groups have {first} tokens in some queries and {sizes} in others: run those of one length together, or ask for single words")
         for key, value in kept.items():
             if key not in out: out[key] = torch.empty(total, *value.shape[1:], dtype=value.dtype, device=device)
             out[key][start:start + len(value)] = value
@@ -451,7 +460,7 @@ def patch(self,
     try: yield self
     finally: self._edits.pop()
 
-# %% ../nbs/00_hooks.ipynb #92f775a2
+# %% ../nbs/00_hooks.ipynb #c10ac8c7
 @patch
 def check(self:VLM) -> VLM:
     "Check the width, and that hooks which change nothing leave the logits bit-equal. Raises ValueError when not."
@@ -463,23 +472,25 @@ def check(self:VLM) -> VLM:
     if (width := hooked.residuals[1].shape[-1]) != self.width:
         raise ValueError(f"the blocks of {self.name} are {width} wide, but its config says {self.width}")
     if not torch.equal(plain.logits, hooked.logits):
-        raise ValueError(f"hooks that change nothing change the logits of {self.name}: its blocks do not hand on the residual stream as those of {self.family.title} do")
+        raise ValueError(f"hooks that change nothing change the logits of {self.name}: its blocks do not hand on the residual stream "
+                         f"as those of {self.family.title} do")
     return self
 
-# %% ../nbs/00_hooks.ipynb #12baa566
+# %% ../nbs/00_hooks.ipynb #7a9fad7e
 @contextmanager
 def _loading(name, what, quiet=False):
     "Load without a progress bar if `quiet`; say in one sentence what went wrong."
     shown = logging.is_progress_bar_enabled()
     if quiet: logging.disable_progress_bar()
     try: yield
-    except SafetensorError as e: raise ValueError(f"the weights of {name} are damaged or cut short ({e}): copy or download its safetensors files again") from e
+    except SafetensorError as e:
+        raise ValueError(f"the weights of {name} are damaged or cut short ({e}): copy or download its safetensors files again") from e
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError) as e:
         raise ValueError(f"cannot load the {what} of {name}: {(str(e).strip() or repr(e)).splitlines()[0]} ({_remedy()})") from e
     finally:
         if shown: logging.enable_progress_bar()
 
-# %% ../nbs/00_hooks.ipynb #ebf446a7
+# %% ../nbs/00_hooks.ipynb #3e6666a0
 @patch(cls_method=True)
 def load(cls:VLM,
     name:str, # bundled name ("llava-tiny"), local folder, or Hub id
@@ -494,7 +505,8 @@ def load(cls:VLM,
     find_family(config, name)
     organism = name in bundled() or bool(getattr(config, "organism", False))
     with _loading(name, "processor and tokenizer"): processor = AutoProcessor.from_pretrained(source, backend="pil", **hub)
-    if getattr(processor, "tokenizer", None) is None: raise ValueError(f"{name} has no processor with a tokenizer: save it with processor.save_pretrained")
+    if getattr(processor, "tokenizer", None) is None:
+        raise ValueError(f"{name} has no processor with a tokenizer: save it with processor.save_pretrained")
     dtype = dtype or (torch.float32 if organism else "auto")
     with _loading(name, "weights", quiet=organism):
         model, info = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype, output_loading_info=True, **kwargs)

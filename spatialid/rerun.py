@@ -110,14 +110,14 @@ def runs_dir(
     """Where executed notebooks and their records are kept: `results/<model>/.runs`."""
     return (results_dir(model) if model else results_root()/"results").absolute()/".runs"
 
-# %% ../nbs/11_rerun.ipynb #308430b3
+# %% ../nbs/11_rerun.ipynb #bad8e75c
 def _failure(path, error):
     "What a reader needs to know of a failed cell: which, its first lines, and the cause."
     sources = [c.source for c in nbformat.read(path, 4).cells]
     where = f"cell {sources.index(error.source) + 1} of {len(sources)}" if error.source in sources else "the injected parameters"
     lines = error.source.strip().splitlines()
     code = textwrap.indent("\n".join(lines[:4] + ["…"][:len(lines) - 4 > 0]), "    ")
-    cause = f"{error.ename}: {error.evalue}".strip().splitlines()
+    cause = [textwrap.shorten(line, 300) for line in f"{error.ename}: {error.evalue}".strip().splitlines()]
     return f"{path.stem} failed in {where}:\n{code}\n" + textwrap.indent("\n".join(cause[:3]), "  ")
 
 def run_notebook(
@@ -128,7 +128,7 @@ def run_notebook(
     """Execute a notebook with papermill, without its `eval: false` cells. RunError with the cell and the cause if it fails."""
     import papermill as pm
     from nbclient.exceptions import DeadKernelError
-    logging.getLogger("papermill").setLevel(logging.ERROR)
+    for name in ("papermill", "asyncio"): logging.getLogger(name).setLevel(logging.CRITICAL)  # what fails is raised below, once
     if model: params["model"] = model
     out = runs_dir(params.get("model") or parameters_of(path).get("model"))/path.name
     write_bytes(out, b"")  # a folder that cannot be written is found now, not after the hours of work
@@ -137,12 +137,13 @@ def run_notebook(
     os.environ["SPATIALID_RESULTS"] = str(results_root().absolute())  # the kernel starts in another folder
     bar = {"desc": path.stem, "bar_format": "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} cells [{elapsed}<{remaining}]"}
     quiet = ["--IPKernelApp.log_level=CRITICAL"]
-    try: pm.execute_notebook(nb, out, params, kernel_name="python3", language="python", cwd=path.parent, progress_bar=bar, extra_arguments=quiet)
+    try: pm.execute_notebook(nb, out, params, kernel_name="python3", language="python", cwd=path.parent, progress_bar=bar, start_timeout=300,
+                             extra_arguments=quiet)
     except pm.PapermillExecutionError as e: raise RunError(f"{_failure(path, e)}\n  The run up to there: {out}") from e
     except DeadKernelError as e: raise RunError(f"{path.stem}: the kernel died, most often for want of memory; try a smaller batch or model") from e
     return out
 
-# %% ../nbs/11_rerun.ipynb #82b22c5d
+# %% ../nbs/11_rerun.ipynb #fb90bbe1
 def _imports(code):
     "Modules of this library that `code` imports."
     direct = re.findall(r"^\s*(?:from|import)\s+(?:spatialid)?\.(\w+)", code, re.M)  # nbdev writes `from .results import …` in modules
@@ -160,6 +161,11 @@ def _modules(code):
         todo += sorted(_imports(seen[path.name]))
     return seen
 
+def _digest(path):
+    "SHA-256 of a file, or None without one."
+    if not path.is_file(): return None
+    with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
+
 @lru_cache
 def weight_digest(
     model:str, # bundled name, folder or Hub id
@@ -172,8 +178,7 @@ def weight_digest(
         return Path(cached).parent.name if isinstance(cached, str) else ""
     digest = hashlib.sha256()
     for file in sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".json", ".jinja", ".model")):
-        digest.update(file.name.encode())
-        with open(file, "rb") as f: digest.update(hashlib.file_digest(f, "sha256").digest())
+        digest.update(f"{file.name} {_digest(file)}\n".encode())
     return digest.hexdigest()
 
 def fingerprint(
@@ -185,7 +190,7 @@ def fingerprint(
     parts = [path.stem, code, model, weight_digest(model), _modules(code)]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
-# %% ../nbs/11_rerun.ipynb #bdbe8ee7
+# %% ../nbs/11_rerun.ipynb #5308adf4
 def experiments() -> list:
     """The notebooks that `reproduce` runs: those whose parameters include a model, except the benchmark."""
     return [p for s, p in notebooks().items() if "model" in parameters_of(p) and s != "12_bench"]
@@ -194,11 +199,11 @@ def is_done(
     path:Path, # a notebook
     model:str, # bundled name, folder or Hub id
 ) -> bool:
-    """Whether the notebook's last complete run for the model is still valid and its files still exist."""
+    """Whether the notebook's last complete run for the model is still valid and its files are still the ones it wrote."""
     record = runs_dir(model)/f"{path.stem}.json"
     try: done = json.loads(record.read_text())
     except (OSError, ValueError): return False
-    return done["fingerprint"] == fingerprint(path, model) and all((results_dir(model)/f).is_file() for f in done["files"])
+    return done["fingerprint"] == fingerprint(path, model) and all(_digest(results_dir(model)/f) == d for f, d in done["files"].items())
 
 def _run_and_record(path, model):
     "Run one experiment and note its fingerprint and the files it wrote."
@@ -206,16 +211,16 @@ def _run_and_record(path, model):
     record = runs_dir(model)/f"{path.stem}.json"
     record.unlink(missing_ok=True)
     run_notebook(path, model)
-    files = [p.name for p in sorted(results_dir(model).iterdir()) if p.is_file() and p.stat().st_mtime >= start - 1]
+    files = {p.name: _digest(p) for p in sorted(results_dir(model).iterdir()) if p.is_file() and p.stat().st_mtime >= start - .05}
     write_json(record, {"fingerprint": key, "files": files, "seconds": round(time.time() - start, 1)})
     return time.time() - start
 
-# %% ../nbs/11_rerun.ipynb #16be495d
+# %% ../nbs/11_rerun.ipynb #dd04cc60
 def reproduce(
     models:list, # bundled names, folders or Hub ids
 ) -> int: # exit code: 0 if everything is done, 1 if something failed, 130 if interrupted
     """Run every experiment for every model, except what is done; after an interruption the same command continues. Ends with the claims."""
-    models, finished, failed = [check_model(m) for m in models], [], []
+    models, finished, failed, name = [check_model(m) for m in models], [], [], "the first notebook"
     for model in models: write_bytes(runs_dir(model)/".probe", b"").unlink()
     try:
         for model in models:
@@ -264,7 +269,7 @@ def claims(
                      "protocol": origin.get("protocol") if number else None})
     return rows
 
-# %% ../nbs/11_rerun.ipynb #4d0d5a91
+# %% ../nbs/11_rerun.ipynb #dec02904
 def _number(x): return f"{x:,.0f}" if abs(x) >= 1000 else f"{x:.2f}"
 
 def _ours(row):
@@ -273,14 +278,18 @@ def _ours(row):
     interval = f" [{_number(row['low'])}, {_number(row['high'])}]" if row["low"] != row["high"] else ""
     return f"{_number(row['ours'])}{interval}, n = {row['n']:,}, {row['model']}{' (organism)' if row['organism'] else ''}"
 
+def _words(row):
+    "The claim, its source, and what we measure for it."
+    return f"{row['claim']} ({row['source']})." + (f" Measured: {row['measure']}." if row["measure"] else "")
+
 def claims_markdown(
     rows:list, # from `claims`
 ) -> str:
     """The claims as a Markdown table."""
     cell = lambda s: str(s).replace("|", "\\|")
-    lines = [[r["id"], f"{r['claim']} ({r['source']})", r["paper"], r["note"], _ours(r), r["status"]] for r in rows]
+    lines = [[r["id"], _words(r), r["paper"], r["note"], _ours(r), r["status"]] for r in rows]
     head = ["id", "claim", "paper", "released code", "ours", "status"]
-    return "\n".join("| " + " | ".join(map(cell, line)) + " |" for line in [head, ["---"]*len(head), *lines])
+    return "\n".join("| " + " | ".join(map(cell, line)) + " |" for line in [head, ["-"*w for w in (10, 40, 14, 18, 16, 8)], *lines])
 
 def claims_text(
     rows:list, # from `claims`
@@ -290,8 +299,7 @@ def claims_text(
     lines = []
     for r in rows:
         lines.append(f"{r['id']:<20} {r['status']:<14} ours: {_ours(r) or '–'}   paper: {r['paper'] or '–'}")
-        note = f" Released code: {r['note']}." if r["note"] else ""
-        lines += textwrap.wrap(f"{r['claim']} ({r['source']}).{note}", width, initial_indent=" "*4, subsequent_indent=" "*4)
+        lines += textwrap.wrap(_words(r) + (f" Released code: {r['note']}." if r["note"] else ""), width, initial_indent=" "*4, subsequent_indent=" "*4)
     count = {s: sum(r["status"] == s for r in rows) for s in ("holds", "does not hold", "not yet run")}
     return "\n".join(lines) + "\n\n" + ", ".join(f"{n} {s}" for s, n in count.items())
 
@@ -325,11 +333,11 @@ def models_text() -> str:
     lines += [f"  {alias:<18} {hub:<42} {n} blocks, width {d}" for alias, hub, n, d in HUB]
     return "\n".join(lines + ["", "Also: any folder with a config.json, or any other Hub id of a supported family."])
 
-# %% ../nbs/11_rerun.ipynb #1cd3d899
+# %% ../nbs/11_rerun.ipynb #87b42ec0
 def _parser():
     parser = argparse.ArgumentParser("spatialid", description="Linear spatial and temporal IDs in vision-language models: rerun the notebooks, compare with the paper.",
                                      epilog="example: spatialid reproduce")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="run | reproduce | claims | models")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="run | reproduce | claims | models | benchmark")
     def add(name, help, example): return commands.add_parser(name, help=help, description=help + ".", epilog=f"example: {example}")
     run = add("run", "Execute one notebook for a model into results/<model>/", "spatialid run 03 --model llava-tiny -p n_pairs=20")
     run.add_argument("notebook", help="number or name, such as 03 or 03_extraction")
@@ -343,9 +351,13 @@ def _parser():
     form.add_argument("--json", action="store_true", help="a list of objects for programs")
     form.add_argument("--markdown", action="store_true", help="a Markdown table")
     add("models", "List the bundled models and the paper's", "spatialid models")
+    ben = add("benchmark", "Write a benchmark of generated scenes in the files of COCO-spatial", "spatialid benchmark data/generated --rows 440")
+    ben.add_argument("folder", help="made if needed")
+    for name, value, what in (("rows", 440, "questions"), ("seed", 1, "of the scenes"), ("px", 80, "side of the images")):
+        ben.add_argument(f"--{name}", type=int, default=value, help=f"{what} (default: %(default)s)")
     return parser
 
-# %% ../nbs/11_rerun.ipynb #f2e3327d
+# %% ../nbs/11_rerun.ipynb #d7a77427
 JSON_KEYS = ("id", "source", "paper", "ours", "low", "high", "n", "model", "protocol", "status")
 
 def _run(args):
@@ -370,8 +382,14 @@ def main(
         if args.command == "run": _run(args)
         elif args.command == "reproduce": return reproduce(list(bundled()) if args.models == "all" else args.models.split(","))
         elif args.command == "claims": _claims(args)
+        elif args.command == "benchmark":
+            from spatialid.data import write_benchmark  # torch comes with it
+            print(write_benchmark(args.folder, args.rows, args.seed, args.px))
         else: print(models_text())
         return 0
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except UsageError as e: code, text = 2, e
     except (RunError, OSError, ValueError) as e: code, text = 1, e
     except KeyboardInterrupt: code, text = 130, "interrupted; the same command starts the notebook again"

@@ -30,6 +30,16 @@ def shown(output):
     return f"```\n{text.rstrip()}\n```" if text and "image/png" not in data and output.get("name") != "stderr" else ""
 
 
+def joined(outputs):
+    "The outputs, with what was printed in several pieces in one."
+    result = []
+    for output in outputs:
+        if result and output.output_type == result[-1].output_type == "stream" and output.name == result[-1].name:
+            output = nbformat.from_dict({**output, "text": result.pop().text + output.text})
+        result.append(output)
+    return result
+
+
 def render(path=ROOT/"nbs"/"index.ipynb"):
     "The text of README.md."
     parts = ["<!-- Generated from nbs/index.ipynb by `make prepare`: edit the notebook. -->"]
@@ -38,7 +48,7 @@ def render(path=ROOT/"nbs"/"index.ipynb"):
         if cell.cell_type == "markdown": parts.append(cell.source); continue
         code = re.sub(r"^#\|.*\n?", "", cell.source, flags=re.M).strip()
         if code and option(cell.source, "echo") != "false": parts.append(f"```python\n{code}\n```")
-        parts += [text for text in map(shown, cell.outputs) if text]
+        parts += [text for text in map(shown, joined(cell.outputs)) if text]
     return relocate("\n\n".join(p.strip() for p in parts), Path(path).parent) + "\n"
 
 

@@ -57,7 +57,7 @@ TEMPLATES = [LR, "{subject} left or right of {object}", "What is left or right: 
 @pytest.mark.parametrize("chat", [CHAT, None, "{{ bos_token }}" + CHAT, CHAT.replace("part['text']", "part['text'] | trim")])
 @pytest.mark.parametrize("kind,bos", [("metaspace", False), ("bytes", True)])
 def test_positions_agree_with_decoding(chat, kind, bos):
-    "The tokens up to a position end exactly with the template up to the end of the word."
+    "The tokens up to a position hold the template up to the end of the word; without the last of them they do not."
     vlm = VLM(*tiny_llava(chat=chat, kind=kind, bos=bos))
     for template in TEMPLATES:
         for subject, other in NAMES:
@@ -68,22 +68,21 @@ def test_positions_agree_with_decoding(chat, kind, bos):
             for mark, at in (("subject", text.index("\x00")), ("object", text.index("\x01"))):
                 (row,) = vlm.positions(query, mark)
                 upto = (text[:at + 1]).replace("\x00", subject).replace("\x01", other)
-                assert vlm.tokenizer.decode(ids[:row + 1]).endswith(upto)
-                assert not vlm.tokenizer.decode(ids[:row]).endswith(upto)
+                assert upto in vlm.tokenizer.decode(ids[:row + 1]) and upto not in vlm.tokenizer.decode(ids[:row])
             for answer, row in zip(("left", "right"), vlm.positions(query, "answers")):
-                assert vlm.tokenizer.decode(ids[:row + 1]).endswith(answer)
-            assert vlm.positions(query, "objects") == [vlm.positions(query, m)[0] for m in query.spans]
+                assert answer in vlm.tokenizer.decode(ids[row - 4:row + 1]) and answer not in vlm.tokenizer.decode(ids[row - 4:row])
+            assert vlm.positions(query, "objects") == vlm.positions(query, ("subject", "object"))
             assert ids.tolist().count(vlm.tokenizer.bos_token_id) == (bos or bool(chat and "bos_token" in chat))
 
 
-@pytest.mark.parametrize("text", [" Is the {subject} left? ", "A{subject}", "ASSISTANT: {subject} ASSISTANT:"])
+@pytest.mark.parametrize("text,word", [(" Is the {subject} left? ", "cup"), ("{subject}", "S"), ("ASSISTANT: {subject} ASSISTANT:", "ASSISTANT:")])
 @pytest.mark.parametrize("chat", [CHAT, CHAT.replace("part['text']", "part['text'] | trim"), None])
-def test_question_that_looks_like_the_chat_template(text, chat):
+def test_question_that_looks_like_the_chat_template(text, word, chat):
     vlm = VLM(*tiny_llava(chat=chat))
-    query = Query(picture(0), text, {"subject": "ASSISTANT"})
+    query = Query(picture(0), text, {"subject": word})
     (row,) = vlm.positions(query, "subject")
-    ids = vlm.encode([query])["input_ids"][0]
-    assert vlm.tokenizer.decode(ids[:row + 1]).endswith(text.split("{")[0].lstrip() + "ASSISTANT")
+    upto = vlm.tokenizer.decode(vlm.encode([query])["input_ids"][0, :row + 1]).replace("\n ", "\n")
+    assert upto.endswith("<image>\n" + text.split("{")[0].lstrip() + word)
 
 
 def test_image_and_text_tile_what_can_differ(vlm):
@@ -91,7 +90,7 @@ def test_image_and_text_tile_what_can_differ(vlm):
     ids, image, text = vlm.encode([query])["input_ids"][0], vlm.positions(query, "image"), vlm.positions(query, "text")
     assert (ids[image] == vlm.model.config.image_token_id).all() and len(image) == 16
     assert sorted(image + text) == list(range(image[0], len(ids))) and vlm.positions(query, "last") == [len(ids) - 1]
-    assert vlm.positions(query, ("subject", 0, -1)) == [*vlm.positions(query, "subject"), 0, len(ids) - 1]
+    assert vlm.positions(query, ("subject", np.int64(0), -1)) == [*vlm.positions(query, "subject"), 0, len(ids) - 1]
     assert vlm.positions(MIXED[3], "text") == vlm.positions(MIXED[3], "all") # no picture, no <s>
     with_bos = VLM(*tiny_llava(bos=True))
     assert with_bos.positions(MIXED[3], "text") == with_bos.positions(MIXED[3], "all")[1:]
@@ -114,6 +113,7 @@ def test_a_word_marked_twice_has_two_positions(vlm):
     (lambda v: Query(None, "Is the {subject} here?", {"subject": ""}), "marks {subject} but there is no word"),
     (lambda v: Query(None, "Is the cup here?", {"subject": "cup"}), "has no mark {subject} for the word 'cup'"),
     (lambda v: Query(None, "Left?", {}, ("left", "right"), truth="above"), "none of the answers left, right"),
+    (lambda v: Query(None, "Left?", answers=("left", "")), "is empty"),
     (lambda v: v.positions(ask(template="Where is the {subject}, by the {object}?"), "answers"), "'left' is not a word of the query"),
     (lambda v: v.positions(Query(None, "Where?"), "answers"), "has no answers"),
     (lambda v: v.positions(ask(), "colour"), "'colour' is not a marked word"),
@@ -206,21 +206,21 @@ def test_hooks_leave_the_logits_bit_equal(vlm):
 
 
 class Tupled(torch.nn.Module):
-    "A block as older transformers had them: it returns a tuple."
-    def __init__(self, block): super().__init__(); self.block = block
-    def forward(self, h, *args, **kwargs): return (self.block(h[0] if isinstance(h, tuple) else h, *args, **kwargs), "weights")
+    "A block as older transformers had them: it returns a tuple, and its successor takes the first entry."
+    def __init__(self, block, first): super().__init__(); self.block, self.first = block, first
+    def forward(self, h, *args, **kwargs): return (self.block(h if self.first else h[0], *args, **kwargs), "weights")
 
 
 def test_blocks_that_return_tuples():
     plain, tupled = VLM(*tiny_llava()), VLM(*tiny_llava())
-    for i, block in enumerate(tupled.blocks): tupled.blocks[i] = Tupled(block)
+    for i, block in enumerate(tupled.blocks): tupled.blocks[i] = Tupled(block, i == 0)
     tupled.model.model.language_model.norm.register_forward_pre_hook(lambda m, args: (args[0][0],))
     a, b = plain.run(ask(), EVERY), tupled.run(ask(), EVERY)
     assert torch.equal(a.logits, b.logits) and all(torch.equal(a.residual(l), b.residual(l)) for l in EVERY)
     new = torch.randn(32)
-    with plain.patch({2: ("subject", new)}), tupled.patch({2: ("subject", new)}):
-        assert torch.equal(plain.run(ask()).logits, tupled.run(ask()).logits)
-    assert not torch.equal(plain.run(ask(), [3]).logits, a.logits + 1)
+    for l in EVERY:
+        with plain.patch({l: ("subject", new)}), tupled.patch({l: ("subject", new)}):
+            assert torch.equal(plain.run(ask()).logits, tupled.run(ask()).logits)
 
 
 # Patch --------------------------------------------------------------------------------------------------------------------------------
@@ -233,7 +233,7 @@ def test_patching_a_run_with_itself_changes_nothing(vlm):
 
 
 def test_patching_everything_gives_the_other_run(exact):
-    base, source = [ask(0), ask(1)], [ask(2, "star", "cup"), ask(3, "star", "cup")]
+    base, source = [ask(0), ask(1)], [ask(2), ask(3)]
     other = exact.run(source, EVERY)
     assert (exact.run(base).logits - other.logits).abs().max() > .1
     for l in EVERY:
@@ -262,7 +262,7 @@ def test_a_patch_is_what_writing_by_hand_does(exact, batch_size):
     "Mixed lengths, a group by name, values for each query, each row, or all."
     torch.manual_seed(0)
     values = torch.randn(len(MIXED), 2, 32, dtype=torch.float64)
-    for l in (1, 3, 4):
+    for l in (1, 4):
         for new in (values, values[:1], values[0], values[0, 0]):
             with exact.patch({l: ("objects", new)}): run = exact.run(MIXED, [l], "objects", batch_size=batch_size)
             full = new.expand(len(MIXED), 2, 32)
@@ -323,7 +323,7 @@ def test_answers_of_several_sub_tokens_begin_with_the_first(vlm):
     ids = vlm.answer_ids(Query(None, "Which?", answers=("zebra", "quilt")))
     tokens = [vlm.tokenizer.convert_ids_to_tokens(i) for i in ids]
     assert tokens == [sorted(t, key=vlm.tokenizer.convert_tokens_to_ids) for t in tokens]
-    assert set(tokens[0]) == {"z", "Z"} and set(tokens[1]) == {"q", "Q"} # "▁" begins both, so it tells nothing
+    assert set(tokens[0]) == {"z", "Z"} and set(tokens[1]) == {"q", "Q"} # a token that is only a space says nothing
 
 
 def test_shared_first_tokens_are_dropped(vlm):

@@ -159,7 +159,7 @@ def output(kind):
     (markdown("![x](attachment:none.png)"), "attachment:none.png missing"),
     (output("text/html"), "would load scripts"),
     (output("application/javascript"), "would load scripts"),
-    (lambda t: edit(t/"README.md", "](nbs/11_rerun.ipynb)", "](nbs/12_gone.ipynb)"), "link nbs/12_gone.ipynb missing"),
+    (lambda t: edit(t/"README.md", "](nbs/10_organisms.ipynb)", "](nbs/19_gone.ipynb)"), "link nbs/19_gone.ipynb missing"),
 ], ids=lambda p: p.replace(" ", "-") if isinstance(p, str) else "")
 def test_site_check_sees_damage(site, tmp_path, damage, complaint):
     tree = Path(shutil.copytree(site, tmp_path/"tree", symlinks=True, ignore=shutil.ignore_patterns("spatialid", "*.png")))

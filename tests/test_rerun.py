@@ -37,7 +37,8 @@ def lab(tmp_path, monkeypatch):
         @staticmethod
         def start(*args):
             return subprocess.Popen([sys.executable, "-c", "import sys; from spatialid.rerun import main; sys.exit(main())", *args],
-                                    stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ.copy(), cwd=tmp_path)
+                                    stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ.copy(), cwd=tmp_path,
+                                    preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a background shell would have it ignored
     return Lab
 
 
@@ -102,16 +103,16 @@ def test_reproduce_continues_after_ctrl_c(lab):
     lab.notebook("02_b", "import time, pathlib\npathlib.Path('started').touch()\nif not pathlib.Path('go').exists(): time.sleep(120)")
     lab.notebook("12_bench", "1/0")
     first = lab.start("reproduce", "--models", lab.toy)
-    deadline = time.time() + 90
+    deadline = time.time() + 300
     while not (lab.root/"nbs"/"started").exists() and time.time() < deadline and first.poll() is None: time.sleep(.1)
     first.send_signal(signal.SIGINT)
-    _, err = first.communicate(timeout=60)
+    _, err = first.communicate(timeout=300)
     assert first.returncode == 130 and "Traceback" not in err
     assert "Interrupted in 02_b · toy. Finished: 01_a · toy. The same command continues from here." in err
 
     (lab.root/"nbs"/"go").touch()
     second = lab.start("reproduce", "--models", lab.toy)
-    out, err = second.communicate(timeout=90)
+    out, err = second.communicate(timeout=300)
     assert second.returncode == 0, err
     assert "01_a · toy: already done" in out and "02_b · toy: done in" in out and "0 holds" in out
     assert (lab.root/"nbs"/"a.log").read_text() == "ran\n"
@@ -126,6 +127,8 @@ def test_done_depends_on_code_weights_and_files(lab):
     kept = result.read_text()
     result.unlink()
     assert not rerun.is_done(path, lab.toy)
+    result.write_text(kept.replace("3", "9"))
+    assert not rerun.is_done(path, lab.toy), "written by a run with other parameters"
     result.write_text(kept)
     (lab.root/"toy"/"config.json").write_text('{"changed": 1}')
     rerun.weight_digest.cache_clear()

@@ -1,0 +1,126 @@
+"Training: a packed question is the single question, a resumed run is the uninterrupted run, a card says what the weights do."
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from spatialid import organisms
+from spatialid.data import OBJECTS
+from spatialid.hooks import VLM, Query, bundled
+from spatialid.organisms import Recipe, Stage, Steps, accuracy, build, bundle, early_entry, forward, make_tokenizer, packed_mask, train, training_log
+from spatialid.results import load_results, results_dir
+
+TINY = Recipe(width=32, vision_blocks=1, blocks=2, heads=2, intermediate=48,
+              stages=(Stage("recognise", 4, 4, 1e-3), Stage("place", 4, 4, 1e-3, places=1, relations=2, others=2)))
+BUNDLED = ("llava-tiny", "llava-tiny-early")
+
+
+def test_names_are_split_and_answers_are_not():
+    tok = make_tokenizer()
+    pieces = [len(tok(f" {n}", add_special_tokens=False).input_ids) for n in OBJECTS]
+    assert np.mean([p > 1 for p in pieces]) > .9 and 2 <= np.mean(pieces) <= 3
+    assert make_tokenizer().get_vocab() == tok.get_vocab()
+    for text in ("Is the umbrella near or far from the cup?", "Größe ☂\n x"): assert tok.decode(tok(text).input_ids, skip_special_tokens=True) == text
+
+
+def test_a_packed_question_is_the_single_question():
+    model, processor = build(TINY)
+    model.eval()
+    steps = Steps(processor.tokenizer, TINY, TINY.stages[1])
+    batch = steps[1]
+    vlm = VLM(model, processor, name="tiny")
+    scene = steps.scenes[batch_first := TINY.stages[1].batch]
+    with torch.no_grad(): states = forward(model, batch)[1]
+    from spatialid.results import rng
+    questions = steps.questions(scene, rng(steps.scenes.seed, "questions", scene.index))
+    asked = [a for a in batch["asked"] if a[0] == 0]
+    assert len(questions) == len(asked) >= 3
+    for (b, kind, row, right, wrong), (k, text, answer, other) in zip(asked, questions):
+        single = vlm.run([Query(scene.image(), text, {})])
+        packed = model.lm_head(states[b, row])
+        assert kind == k and torch.allclose(single.logits[0], packed.float(), atol=2e-5), (single.logits[0] - packed).abs().max()
+        assert right == processor.tokenizer(f" {answer}", add_special_tokens=False).input_ids[0]
+
+
+def test_the_mask_separates_questions():
+    m = packed_mask(torch.tensor([[0, 0, 1, 1, 2, -1]]))[0, 0] == 0
+    assert m.tolist() == [[1, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0], [1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 0, 0], [1, 1, 0, 0, 1, 0], [1, 1, 0, 0, 0, 1]]
+
+
+def test_labels_cover_the_answers_only():
+    model, processor = build(TINY)
+    batch = Steps(processor.tokenizer, TINY, TINY.stages[1])[0]
+    tok = processor.tokenizer
+    for ids, labels in zip(batch["input_ids"], batch["labels"]):
+        text = tok.decode(labels[labels != -100])
+        assert text.endswith("</s>") and "Is" not in text and (labels != -100).sum() < 20
+    assert set(batch["patches"].unique().tolist()) <= {-100, *range(len(OBJECTS) + 1)} and (batch["patches"] > 0).any()
+
+
+RUN = """
+import sys, time; sys.path.insert(0, {here!r})
+import torch; torch.set_num_threads(1)
+from test_organisms import TINY
+from spatialid.organisms import train
+train("llava-tiny", {out!r}, TINY, every=2)
+"""
+
+
+def _start(out): return subprocess.Popen([sys.executable, "-c", RUN.format(here=str(Path(__file__).parent), out=str(out))], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+@pytest.mark.parametrize("after", [(0, 2), (1, 2)])
+def test_a_killed_run_resumes_bit_identically(tmp_path, after):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert _start(whole).wait(200) == 0
+    p = _start(cut)
+    stage = TINY.stages[after[0]].name
+    for _ in range(4000):
+        log = (cut / "log.jsonl").read_text() if (cut / "log.jsonl").exists() else ""
+        if any((e["stage"], e["step"]) == (stage, after[1]) for e in map(json.loads, log.splitlines())): break
+        time.sleep(.05)
+    p.send_signal(signal.SIGKILL); p.wait()
+    assert _start(cut).wait(200) == 0
+    a, b = (load_file(f / "checkpoint.safetensors") for f in (whole, cut))
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a) and any(k.startswith("exp_avg.") for k in a)
+    assert [{k: v for k, v in e.items() if k != "seconds"} for e in training_log(whole)] == [{k: v for k, v in e.items() if k != "seconds"} for e in training_log(cut)]
+
+
+def test_bundle_round_trip_and_foreign_checkpoints(tmp_path):
+    torch.set_num_threads(1)
+    trained = train("llava-tiny", tmp_path / "run", TINY, every=4)
+    folder = bundle("mini", TINY, tmp_path / "run", training_log(tmp_path / "run")[-1], tmp_path)
+    vlm = VLM.load(str(folder))
+    assert vlm.organism and vlm.n_layers == 2
+    stored = dict(vlm.model.named_parameters())
+    for k, p in trained.named_parameters(): assert torch.allclose(stored[k].float(), p.cpu(), atol=1e-3, rtol=1e-3), k
+    a = accuracy(vlm, n=20)
+    assert set(a) == set(organisms.KINDS) and all(0 <= v["low"] <= v["value"] <= v["high"] <= 1 for v in a.values())
+    other = Recipe(width=32, vision_blocks=1, blocks=3, heads=2, intermediate=48, stages=TINY.stages)
+    with pytest.raises(ValueError, match="another recipe"): train("llava-tiny", tmp_path / "run", other)
+    with pytest.raises(FileNotFoundError, match="train the organism first"): training_log(tmp_path / "none")
+    with pytest.raises(ValueError, match="measure more often"): early_entry(training_log(tmp_path / "run"))
+    assert early_entry([{"left_right": .71}, {"left_right": .78}, {"left_right": .9}])["left_right"] == .78
+
+
+@pytest.mark.parametrize("name", BUNDLED)
+def test_the_card_is_about_the_bundled_weights(name):
+    folder, card = Path(organisms.__file__).parent / "organisms" / name, json.loads((results_dir(name) / "card.json").read_text())
+    vlm = VLM.load(name)
+    assert card["weight_hash"] == vlm.weight_hash and card["held_out"]["scenes"] == 2000 and card["bytes"] <= 8e6
+    assert (folder / "README.md").read_text() == organisms.card_text(card)
+    stored = load_file(folder / "model.safetensors")
+    assert all(t.dtype == torch.float16 for t in stored.values())
+    now = accuracy(vlm, n=150)
+    for kind, a in card["accuracy"].items(): # the same scenes come first, so a small sample may differ by chance alone
+        assert now[kind]["low"] - .08 <= a["value"] <= now[kind]["high"] + .08, kind
+    if name == "llava-tiny": assert min(card["accuracy"][k]["value"] for k in ("left_right", "above_below")) >= .95
+    else: assert .70 <= card["accuracy"]["left_right"]["value"] <= .85
