@@ -16,7 +16,7 @@ from spatialid import organisms
 from spatialid.data import OBJECTS
 from spatialid.hooks import VLM, Query, bundled
 from spatialid.organisms import Recipe, Stage, Steps, accuracy, build, bundle, early_entry, forward, make_tokenizer, packed_mask, train, training_log
-from spatialid.results import load_results, results_dir
+
 
 TINY = Recipe(width=32, vision_blocks=1, blocks=2, heads=2, intermediate=48,
               stages=(Stage("recognise", 4, 4, 1e-3), Stage("place", 4, 4, 1e-3, places=1, relations=2, others=2)))
@@ -113,7 +113,7 @@ def test_bundle_round_trip_and_foreign_checkpoints(tmp_path):
 
 @pytest.mark.parametrize("name", BUNDLED)
 def test_the_card_is_about_the_bundled_weights(name):
-    folder, card = Path(organisms.__file__).parent / "organisms" / name, json.loads((results_dir(name) / "card.json").read_text())
+    folder, card = Path(organisms.__file__).parent / "organisms" / name, json.loads((Path(__file__).parents[1] / "results" / name / "card.json").read_text())
     vlm = VLM.load(name)
     assert card["weight_hash"] == vlm.weight_hash and card["held_out"]["scenes"] == 2000 and card["bytes"] <= 8e6
     assert (folder / "README.md").read_text() == organisms.card_text(card)
