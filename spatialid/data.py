@@ -325,7 +325,7 @@ def place(x:float, y:float) -> str:
     return PLACES[min(2, int(3 * y))][min(2, int(3 * x))]
 
 _TEMPLATES = dict(
-    left_right="Is the {subject} to the left or right of the {object}?", above_below=ABOVE_BELOW,
+    left_right=LEFT_RIGHT, above_below=ABOVE_BELOW,
     front_behind="Is the {subject} in front of or behind the {object}?", near_far="Is the {subject} near or far from the {object}?",
     between="Is the {subject} in between the {object} and the {other}?", existence="Is there a {subject} in the image?")
 _ANSWERS = dict(left_right=("left", "right"), above_below=("above", "below"), front_behind=("front", "behind"), near_far=("near", "far"),
