@@ -8,8 +8,11 @@ import pytest
 import torch
 from PIL import Image
 
-from spatialid.hooks import FAMILIES, Query, VLM, locate
-from tiny import CHAT, tiny_llava
+from transformers import AutoConfig, LlavaConfig
+
+from spatialid import hooks as library
+from spatialid.hooks import FAMILIES, HUB, Query, VLM, find_checkpoint, locate
+from tiny import CHAT, tiny, tiny_llava
 
 LR = "Is the {subject} to the left or right of the {object}?"
 
@@ -117,7 +120,8 @@ def test_a_word_marked_twice_has_two_positions(vlm):
     (lambda v: v.positions(ask(template="Where is the {subject}, by the {object}?"), "answers"), "'left' is not a word of the query"),
     (lambda v: v.positions(Query(None, "Where?"), "answers"), "has no answers"),
     (lambda v: v.positions(ask(), "colour"), "'colour' is not a marked word"),
-    (lambda v: v.positions(Query(None, "Where?"), "image"), "without a picture"),
+    (lambda v: v.positions(Query(None, "Where?"), "image"), "without a picture, so it has no group 'image'"),
+    (lambda v: v.positions(ask(), lambda query: "colour"), "'colour' is not a marked word"),
     (lambda v: v.positions(ask(), 999), "outside the"),
     (lambda v: v.run([Query(np.zeros((4, 4, 3)), "Where?")]), "takes one PIL image a query, not a ndarray"),
     (lambda v: v.run([Query([picture(0)], "Where?")]), "of a video, one frame"),
@@ -185,10 +189,10 @@ def test_padding_to_1e_12_in_float64(exact):
 
 def test_only_what_is_asked_for_is_kept(vlm, monkeypatch):
     hooked = []
-    register = torch.nn.Module.register_forward_hook
-    monkeypatch.setattr(torch.nn.Module, "register_forward_hook", lambda self, *a, **k: hooked.append(self) or register(self, *a, **k))
+    register = torch.nn.Module.register_forward_pre_hook
+    monkeypatch.setattr(torch.nn.Module, "register_forward_pre_hook", lambda self, *a, **k: hooked.append(self) or register(self, *a, **k))
     run = vlm.run([ask(i) for i in range(5)], [2, 4], "subject", batch_size=2)
-    assert {id(m) for m in hooked} == {id(vlm.blocks[1]), id(vlm.blocks[3])}
+    assert {id(m) for m in hooked} == {id(vlm.blocks[2]), id(vlm.model.model.language_model.norm)}
     assert list(run.residuals) == [2, 4] and run.logits.shape == (5, len(vlm.tokenizer))
     for rows in run.residuals.values():
         assert rows.shape == (5, 1, 32) and rows.untyped_storage().nbytes() == 5 * 32 * 4 and rows.device.type == "cpu"
@@ -203,24 +207,6 @@ def test_hooks_leave_the_logits_bit_equal(vlm):
     assert torch.equal(vlm.run(queries, EVERY).logits, plain)
     with vlm.patch({l: ("all", lambda rows: rows) for l in EVERY}): assert torch.equal(vlm.run(queries).logits, plain)
     assert vlm.check() is vlm
-
-
-class Tupled(torch.nn.Module):
-    "A block as older transformers had them: it returns a tuple, and its successor takes the first entry."
-    def __init__(self, block, first): super().__init__(); self.block, self.first = block, first
-    def forward(self, h, *args, **kwargs): return (self.block(h if self.first else h[0], *args, **kwargs), "weights")
-
-
-def test_blocks_that_return_tuples():
-    plain, tupled = VLM(*tiny_llava()), VLM(*tiny_llava())
-    for i, block in enumerate(tupled.blocks): tupled.blocks[i] = Tupled(block, i == 0)
-    tupled.model.model.language_model.norm.register_forward_pre_hook(lambda m, args: (args[0][0],))
-    a, b = plain.run(ask(), EVERY), tupled.run(ask(), EVERY)
-    assert torch.equal(a.logits, b.logits) and all(torch.equal(a.residual(l), b.residual(l)) for l in EVERY)
-    new = torch.randn(32)
-    for l in EVERY:
-        with plain.patch({l: ("subject", new)}), tupled.patch({l: ("subject", new)}):
-            assert torch.equal(plain.run(ask()).logits, tupled.run(ask()).logits)
 
 
 # Patch --------------------------------------------------------------------------------------------------------------------------------
@@ -288,7 +274,7 @@ def test_a_patch_that_does_not_fit(vlm, shape):
         with pytest.raises(ValueError, match="takes 4 x 1 x 32 numbers"): vlm.run([ask(i) for i in range(4)], batch_size=2)
 
 
-def hooks(vlm): return [len(b._forward_hooks) for b in vlm.blocks]
+def hooks(vlm): return [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in (*vlm.blocks, *vlm.receivers)]
 
 
 def test_nothing_survives(vlm, monkeypatch):
@@ -348,6 +334,105 @@ def test_belief_measures(exact):
     assert mixed.beliefs == [q.answers[i] for q, i in zip(queries, mixed.log_probs.argmax(1))]
 
 
+# Families -----------------------------------------------------------------------------------------------------------------------------
+# What holds for every family is the parity matrix, in `families.py`; here is what is particular.
+
+def film(*seeds, template=LR, px=20):
+    frames = [Image.fromarray(np.random.default_rng(s).integers(0, 255, (px, px, 3), dtype=np.uint8)) for s in seeds]
+    return Query(frames, template, {"subject": "cup", "object": "star"}, ("left", "right"))
+
+
+@pytest.fixture(scope="module")
+def qwen(): return VLM(*tiny("qwen2_vl"), "qwen")
+
+
+def test_a_group_may_be_a_function_of_the_query(vlm):
+    near = lambda query: tuple(row + shift for row in vlm.positions(query, "objects") for shift in (-1, 1))
+    assert vlm.positions(ask(), near) == [row + shift for row in vlm.positions(ask(), "objects") for shift in (-1, 1)]
+    assert vlm.positions(ask(), (lambda query: -1, "subject")) == [vlm.positions(ask(), "last")[0], *vlm.positions(ask(), "subject")]
+    run = vlm.run([ask(0), ask(1)], [2], near)
+    assert torch.equal(run.residual(2, near), vlm.run([ask(0), ask(1)], [2]).residual(2)[:, vlm.positions(ask(), near)])
+    assert vlm.positions(ask(), "video") == vlm.positions(ask(), "image")
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+def test_rotary_positions_are_those_of_the_model_itself(family):
+    "Also when the model still remembers another picture, and when a text stands beside one."
+    vlm = VLM(*tiny(family, dtype=torch.float64), family)
+    queries = [ask(0), film(0, 1, 2), Query(None, "Is it left or right?", answers=("left", "right"))]
+    for query in queries:
+        media = {"image": {"images": [query.image]}, "video": {"videos": [query.image]}, None: {}}[query.medium]
+        inputs = vlm.processor(text=[vlm.layout(query).prompt], **media, return_tensors="pt").to(dtype=torch.float64)
+        with torch.no_grad(): own = vlm.model(**inputs).logits[:, -1]
+        vlm.model.model.rope_deltas = torch.tensor([[77]])
+        assert (vlm.run(query).logits - own).abs().max() <= 1e-12 and vlm.model.model.rope_deltas.item() == 77
+    assert vlm.encode([queries[0]])["position_ids"].shape[0] == 3
+
+
+def test_visual_tokens_need_not_be_in_one_piece():
+    "As many runs of tokens as the prompts of these families have, with text between them."
+    for family, frames, pieces, each in (("qwen3_vl", 4, 2, 9), ("internvl", 4, 4, 4), ("video_llama_3", 4, 4, 4), ("smolvlm", 4, 4, 4), ("qwen2_vl", 4, 1, 18),
+                                         ("llava_onevision", 4, 1, 17), ("llava_next_video", 4, 1, 16), ("qwen3_vl", 3, 2, 16)):
+        vlm = VLM(*tiny(family), family)
+        rows = np.array(vlm.positions(film(*range(frames)), "video"))
+        runs = np.split(rows, np.flatnonzero(np.diff(rows) > 1) + 1)
+        assert [len(run) for run in runs] == [each] * pieces, family
+        text = vlm.positions(film(*range(frames)), "text")
+        assert sorted([*rows, *text]) == list(range(rows[0], len(vlm.tokens(film(*range(frames))))))
+    still = film(5, 5, 5, 6) # VideoLLaMA3 leaves out what did not move, but for one token a frame
+    assert len(VLM(*tiny("video_llama_3"), "v").positions(still, "video")) == 4 + 1 + 1 + 4
+
+
+@pytest.mark.parametrize("family,frames", [("qwen2_vl", 4), ("qwen2_vl", 3), ("video_llama_3", 3)])
+def test_frames_are_cut_into_patches_as_documented(family, frames):
+    "Time, then 2 x 2 blocks of patches, then the patches of a block; in a patch: colour, frame, row, column."
+    vlm = VLM(*tiny(family), family)
+    if family == "video_llama_3": vlm.processor.video_processor.size = {"shortest_edge": 576, "longest_edge": 576 * frames}
+    query, t = film(*range(frames), px=24), vlm.processor.image_processor.temporal_patch_size
+    video = np.stack([np.asarray(f, dtype=np.float64) / 255 * 2 - 1 for f in [*query.image, query.image[-1]][:-(-frames // t) * t]])
+    rows = [video[k:k + t, y:y + 4, x:x + 4].transpose(3, 0, 1, 2).ravel() for k in range(0, len(video), t) for by in range(0, 24, 8)
+            for bx in range(0, 24, 8) for y in (by, by + 4) for x in (bx, bx + 4)]
+    assert np.abs(vlm.encode([query])["pixel_values_videos"].numpy() - np.stack(rows)).max() <= 1e-6
+
+
+def test_time_stamps():
+    vlm = VLM(*tiny("video_llama_3"), "video")
+    assert "Time 2.0s:" in vlm.tokenizer.decode(vlm.encode([film(0, 1, 2)])["input_ids"][0])
+    vlm.processor.video_processor.rate = 4
+    assert "Time 0.5s:" in vlm.tokenizer.decode(vlm.encode([film(0, 1, 2)])["input_ids"][0])
+
+
+@pytest.mark.parametrize("family,make,message", [
+    ("qwen2_vl", lambda v: v.run(Query([], "Where?")), "takes one PIL image a query, or a list of them (the frames of a video), not a list"),
+    ("qwen2_vl", lambda v: v.run(Query([1, 2], "Where?")), "takes one PIL image a query, or a list of them"),
+    ("qwen2_vl", lambda v: v.run([ask(), film(0, 1)]), "either pictures or videos"),
+    ("internvl", lambda v: v.run([film(0, 1), film(0, 1, 2)]), "have 2 to 3 frames: with InternVL run those of one length together"),
+    ("mllama", lambda v: v.run([ask(), MIXED[3]]), "run queries with and without one apart"),
+    ("mllama", lambda v: v.positions(ask(), "image"), "no positions in Mllama"),
+    ("mllama", lambda v: v.run(MIXED[3], [1], "image"), "without a picture"),
+    ("mllama", lambda v: v.run(film(0, 1)), "of a video, one frame"),
+])
+def test_a_mistake_with_a_family_is_one_clear_sentence(family, make, message):
+    with pytest.raises(ValueError) as error: make(VLM(*tiny(family), family))
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_the_picture_of_mllama_is_its_cross_attention_states():
+    "Patching them at a layer changes what later cross-attention reads, and nothing before; without a picture those blocks do not run."
+    vlm = VLM(*tiny("mllama", dtype=torch.float64), "mllama")
+    base, other = vlm.run(ask(0), EVERY, ("image", "all")), vlm.run(ask(1), EVERY, ("image", "all"))
+    assert base.residual(1, "image").shape == (1, 2 * 17, 32) and torch.equal(base.residual(1, "image"), base.residual(4, "image"))
+    cross = vlm.model.config.text_config.cross_attention_layers # blocks 2 and 4
+    for l in EVERY:
+        with vlm.patch({l: ("image", other)}): run = vlm.run(ask(0), EVERY, ("image", "all"))
+        first = min((c + 1 for c in cross if c >= l), default=5) # the first layer after it that has read the picture
+        for k in EVERY:
+            assert torch.equal(run.residual(k, "all"), base.residual(k, "all")) == (k < first)
+            assert torch.equal(run.residual(k, "image"), (other if k >= l else base).residual(k, "image"))
+    text = vlm.run(MIXED[3], EVERY)
+    for c in cross: assert torch.equal(text.residual(c), text.residual(c + 1))
+
+
 # Loading ------------------------------------------------------------------------------------------------------------------------------
 
 def test_a_folder_loads_as_what_was_saved(saved, vlm):
@@ -364,6 +449,36 @@ def test_organisms_are_stored_small_and_run_in_float32(saved, tmp_path):
     loaded = VLM.load(tmp_path / "own", device="cpu")
     assert loaded.organism and loaded.model.dtype == torch.float32 and "organism" in repr(loaded)
     assert VLM.load(tmp_path / "own", device="cpu", dtype="auto").model.dtype == torch.float16
+
+
+def test_what_is_passed_through(saved, vlm):
+    for kwargs in ({"device_map": "cpu", "dtype": "float64"}, {"device": "cpu", "attn_implementation": "eager"}):
+        loaded = VLM.load(saved, **kwargs)
+        assert loaded.model.dtype == getattr(torch, kwargs.get("dtype", "float32"))
+        assert loaded.model.config._attn_implementation == kwargs.get("attn_implementation", "sdpa")
+        assert (loaded.run(MIXED).logits - vlm.run(MIXED).logits).abs().max() <= 1e-4
+
+
+def test_models_of_the_paper(saved, monkeypatch):
+    "What a config says is held against what is known; an alias stands for its id."
+    assert len({k.id for k in HUB}) == len(HUB) == 15 and {k.family for k in HUB} <= {*FAMILIES}
+    assert locate("qwen-7b") == ("Qwen/Qwen2.5-VL-7B-Instruct", None) and find_checkpoint("qwen-7b").dtype == "bfloat16"
+    known = find_checkpoint("llava-hf/llava-1.5-7b-hf")
+    known.check(LlavaConfig(text_config={"model_type": "llama", "num_hidden_layers": 32, "hidden_size": 4096}))
+    with pytest.raises(ValueError, match="llava-1.5-7b-hf says llava with 4 blocks of width 32, but it should be llava with 32 blocks of width 4096"):
+        known.check(AutoConfig.from_pretrained(saved))
+    with pytest.raises(ValueError, match="authors' own format"): find_checkpoint("llava-video").check(AutoConfig.from_pretrained(saved))
+    monkeypatch.setattr(library, "HUB", [library.Checkpoint("small", "some/small", "llava", "float16", 4, 32)])
+    monkeypatch.setattr(library, "locate", lambda name: (str(saved), saved))
+    assert VLM.load("small", device="cpu").model.dtype == torch.float16
+
+
+def test_a_model_that_does_not_fit(saved, monkeypatch):
+    memory = library.psutil.virtual_memory()
+    monkeypatch.setattr(library.psutil, "virtual_memory", lambda: memory._replace(available=100_000))
+    message = load_error(saved)
+    assert "saved wants 0.0 GB of memory" in message and "float32" in message and "device_map='auto'" in message
+    assert VLM.load(saved, device_map="cpu").n_layers == 4 # who places it himself knows better
 
 
 def test_weight_hash(saved, broken, vlm):
@@ -434,5 +549,5 @@ def test_unknown_architecture(broken, vlm):
 def test_a_model_whose_blocks_misbehave_is_found_out(vlm):
     model, processor = tiny_llava()
     for block in model.model.language_model.layers: # a block that counts its hooks
-        block.register_forward_hook(lambda m, args, out: out + .1 * (len(m._forward_hooks) > 1))
+        block.register_forward_hook(lambda m, args, out: out + .1 * len(m._forward_pre_hooks))
     with pytest.raises(ValueError, match="hooks that change nothing change the logits"): VLM(model, processor, "odd").check()

@@ -1,0 +1,249 @@
+"The resumed sweep against the plain one, its bookkeeping, its metrics, and what it says about bad input."
+import gc
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny import tiny, tiny_llava
+
+from spatialid.hooks import VLM, Query
+from spatialid.sweeps import Batch, Shift, Sweep, add, first_affected, sweep
+
+NAMES = ["cup", "star", "dog", "cat", "hot dog"]
+LEFT_RIGHT = "Is the {subject} to the left or right of the {object}?"
+
+
+def picture(seed, px=16): return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (px, px, 3), dtype=np.uint8))
+
+
+def questions(n, seed, names=NAMES, px=16, template=LEFT_RIGHT):
+    return [Query(picture(1000 * seed + i, px), template, {"subject": names[i % len(names)], "object": names[(i + 1) % len(names)]}, ("left", "right"),
+                  ("left", "right")[(i + seed) % 2]) for i in range(n)]
+
+
+@pytest.fixture(scope="module")
+def llava(): return VLM(*tiny_llava(dtype=torch.float64), "tiny")
+
+
+SWAPS = {"image": "image", "text": "text", "objects": "objects", "subject": "subject", "answers": "answers", "last": "last", "all": "all", "one": 3,
+         "interleaved": ("image", "last"), "chance": lambda q: [-15, -8, -2], "first": 0}
+
+
+def largest(a, b): return max(float((a.logits[n] - b.logits[n]).abs().max()) for n in a.names)
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl", "qwen3_vl", "gemma3"])
+def test_swaps_equal_whole_forward_passes(family):
+    vlm = VLM(*tiny(family, dtype=torch.float64), "tiny")
+    assert vlm.family.fast
+    px = 16 if family == "llava" else 32
+    base, source = questions(5, 0, px=px), questions(5, 1, px=px)  # names of one and of two words: prompts of different lengths, padded
+    assert len({len(vlm.tokens(q)) for q in base}) > 1
+    fast, plain = (sweep(vlm, base, source, SWAPS, logits=True, plain=p) for p in (False, True))
+    assert (fast.path, plain.path) == ("fast", "plain")
+    assert largest(fast, plain) < 1e-9
+    assert min(float((plain.logits[n][0] - plain.logits["all"][0]).abs().max()) for n in ("image", "text", "objects", "last")) > 1e-3, "the edits do something"
+    assert torch.allclose(fast.base_log_probs, plain.base_log_probs, atol=1e-9) and torch.allclose(fast.source_log_probs, plain.source_log_probs, atol=1e-9)
+
+
+def test_each_cell_is_what_patch_and_run_give(llava):
+    "The oracle of the oracle: one query, one layer, one group, written out by hand."
+    base, source = questions(3, 0), questions(3, 1)
+    swept = sweep(llava, base, source, {"objects": "objects"}, [2, 4], logits=True)
+    assert swept.layers == [2, 4]
+    for i, (b, s) in enumerate(zip(base, source)):
+        for k, layer in enumerate(swept.layers):
+            with llava.patch({layer: ("objects", llava.run(s, [layer], "objects"))}): run = llava.run(b)
+            assert torch.allclose(run.logits[0], swept.logits["objects"][k, i], atol=1e-9)
+            assert torch.allclose(run.log_probs[0], swept.log_probs["objects"][k, i], atol=1e-9)
+
+
+def test_edits_that_compute_rows(llava):
+    base = questions(5, 0, ["cup", "star", "dog"])
+    vectors = torch.randn(5, 2, llava.width, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    edits = {"double": ("objects", lambda rows, layer, samples: 2 * rows), "one": ("subject", add(vectors[0, 0])), "rows": ("objects", add(vectors[0])),
+             "queries": ("objects", add(vectors)), "layers": ("subject", add({l: vectors[l, 0] for l in (1, 2, 3, 4)})), "zero": ("image", add(torch.zeros(llava.width)))}
+    fast, plain = (sweep(llava, base, edits=edits, logits=True, plain=p) for p in (False, True))
+    assert largest(fast, plain) < 1e-9
+    for i, q in enumerate(base):
+        with llava.patch({3: ("objects", lambda rows: rows + vectors[i])}): assert torch.allclose(llava.run(q).logits[0], fast.logits["queries"][2, i], atol=1e-9)
+    assert torch.allclose(fast.log_probs["zero"], fast.base_log_probs.expand_as(fast.log_probs["zero"]), atol=1e-9)
+    assert not torch.allclose(fast.log_probs["layers"][0], fast.log_probs["layers"][1])
+
+
+def test_little_memory_gives_the_same_in_more_pieces(llava, monkeypatch):
+    base, source = questions(6, 0), questions(6, 1)
+    calls = []
+    inner = VLM.resume
+    monkeypatch.setattr(VLM, "resume", lambda self, cells, limit: calls.append(len(cells)) or inner(self, cells, limit))
+    one = sweep(llava, base, source, SWAPS, logits=True)
+    whole = len(calls)
+    many = sweep(llava, base, source, SWAPS, logits=True, memory=2e5)
+    assert len(calls) - whole > 10 * whole and largest(one, many) < 1e-12
+
+
+def test_more_queries_do_not_need_more_memory(llava):
+    "The number of live numbers after a sweep's pieces does not grow: nothing of one piece survives into the next."
+    def peak(n):
+        seen = []
+        def new(rows, layer, samples):
+            gc.collect()
+            seen.append(sum(t.numel() for t in gc.get_objects() if type(t) is torch.Tensor and t.ndim >= 3))
+            return rows
+        sweep(llava, questions(n, 0, ["cup"]), edits={"same": ("subject", new)}, layers=[2], memory=1e5)
+        return max(seen)
+    assert peak(12) <= 1.2 * peak(3)
+
+
+def test_kept_runs_are_not_changed(llava):
+    base, source = questions(3, 0), questions(3, 1)
+    runs = Batch(slice(0, 3), *(llava.clean(llava.encode(q)) for q in (base, source)))
+    kept = [t for r in (runs.base, runs.source) for t in (*r.residual, *r.keys, *r.values)]
+    copies = [t.clone() for t in kept]
+    from spatialid.sweeps import _edits, _plan, _waves
+    ids, real = (llava.encode(base)[k] for k in ("input_ids", "attention_mask"))
+    groups = {name: [llava._rows(q, g, i[r.bool()]) for q, i, r in zip(base, ids, real)] for name, g in SWAPS.items()}
+    for cells in _waves(_plan(llava, runs, _edits(SWAPS, source, base), groups, [1, 2, 3, 4]), llava, 2e9):
+        for _ in llava.resume(cells): pass
+    assert all(torch.equal(a, b) for a, b in zip(kept, copies))
+
+
+def test_the_model_is_as_before(llava):
+    query, config = questions(1, 0)[0], llava.blocks[0].self_attn.config
+    hooks = lambda: [(len(m._forward_pre_hooks), len(m._forward_hooks)) for m in llava.model.modules()]
+    llava.run(query)  # transformers leaves hooks of its own on a vision tower it has run
+    standing = hooks()
+    before, attention = llava.run(query).logits, config._attn_implementation
+    sweep(llava, [query], questions(1, 1), SWAPS)
+    def broken(rows, layer, samples): raise RuntimeError("on purpose")
+    with pytest.raises(RuntimeError, match="on purpose"): sweep(llava, [query], edits={"x": ("last", broken)})
+    assert config._attn_implementation == attention and torch.equal(llava.run(query).logits, before)
+    assert hooks() == standing
+
+
+@pytest.mark.parametrize("implementation,limit", [("sdpa", 1e-9), ("eager", 1e-4)])  # transformers' eager attention takes its softmax in float32
+def test_attention_implementations(implementation, limit):
+    vlm = VLM(*tiny_llava(dtype=torch.float64), "tiny")
+    vlm.model.set_attn_implementation(implementation)
+    base, source = questions(5, 0), questions(5, 1)
+    assert largest(*(sweep(vlm, base, source, SWAPS, logits=True, plain=p) for p in (False, True))) < limit
+
+
+@pytest.mark.parametrize("dtype,limit", [(torch.float32, 1e-4), (torch.bfloat16, .5)])
+def test_narrow_numbers(dtype, limit):
+    vlm = VLM(*tiny_llava(dtype=dtype), "tiny")
+    base, source = questions(5, 0), questions(5, 1)
+    fast, plain = (sweep(vlm, base, source, SWAPS, logits=True, plain=p) for p in (False, True))
+    assert largest(fast, plain) < limit and fast.log_probs["image"].dtype == torch.float32
+
+
+def test_complement(llava):
+    "Two groups that tile all rows: swapping one into the base is swapping the other into the source."
+    base, source = questions(5, 0), questions(5, 1)
+    for group in ("image", "objects", "last"):
+        rest = lambda q: sorted({*llava.positions(q, "all")} - {*llava.positions(q, group)})
+        one, other = sweep(llava, base, source, {"part": group}, logits=True), sweep(llava, source, base, {"part": rest}, logits=True)
+        assert largest(one, other) < 1e-9
+        answer = 0
+        shifts = one.shift("part", "log_prob", answer).values + other.shift("part", "log_prob", answer).values
+        assert np.allclose(shifts[~np.isnan(shifts)], 1, atol=1e-9)
+
+
+def test_swapping_everything_or_nothing(llava):
+    base, source = questions(4, 0), questions(4, 1)
+    swept = sweep(llava, base, source, {"all": "all", "none": lambda q: []})
+    assert torch.allclose(swept.log_probs["all"], swept.source_log_probs.expand_as(swept.log_probs["all"]), atol=1e-9)
+    assert torch.allclose(swept.log_probs["none"], swept.base_log_probs.expand_as(swept.log_probs["none"]), atol=1e-9)
+    same = sweep(llava, base, base, {"image": "image"})
+    assert torch.allclose(same.log_probs["image"], same.base_log_probs.expand_as(same.log_probs["image"]), atol=1e-9)
+
+
+def test_source_may_ask_something_else(llava):
+    "Corrupted prompts of the same length: the words differ, not the picture."
+    base = [Query(picture(i), LEFT_RIGHT, {"subject": "cup", "object": "dog"}, ("left", "right"), "left") for i in range(3)]
+    source = [Query(q.image, LEFT_RIGHT, {"subject": "dog", "object": "cup"}, ("left", "right"), "right") for q in base]
+    assert largest(*(sweep(llava, base, source, SWAPS, logits=True, plain=p) for p in (False, True))) < 1e-9
+
+
+def test_rows_recomputed_are_few(llava):
+    base, source = questions(1, 0), questions(1, 1)
+    runs = Batch(slice(0, 1), *(llava.clean(llava.encode(q)) for q in (base, source)))
+    T, tail = len(llava.tokens(base[0])), len(llava.positions(base[0], "text"))
+    def ways(group, swap=True):
+        where = torch.zeros(1, T, dtype=torch.bool)
+        where[0, llava.positions(base[0], group)] = True
+        return [(run is runs.source, S) for _, run, S in runs.ways(where, swap)]
+    assert ways("image")[0] == (True, tail) and ways("text")[0] == (False, tail)
+    assert ways("subject")[0] == (False, T - llava.positions(base[0], "subject")[0])
+    assert ways("last")[0] == (False, 1) and ways("all")[0] == (True, 1)
+    assert ways("image", False) == [(False, T - llava.positions(base[0], "image")[0])]
+
+
+def test_first_affected():
+    causal = torch.ones(6, 6).tril().bool()
+    block = causal.clone()
+    block[1:4, 1:4] = True
+    assert [first_affected(p, causal) for p in range(7)] == list(range(7))
+    assert [first_affected(p, block) for p in range(7)] == [0, 1, 1, 1, 4, 5, 6]
+
+
+def test_belief_shift_by_hand():
+    log = torch.tensor([[.8, .2], [.6, .4], [.5, .5]]).log()
+    source, edited = torch.tensor([[.2, .8], [.4, .6], [.5001, .4999]]).log(), torch.tensor([[.5, .5], [.6, .4], [.9, .1]]).log()
+    swept = Sweep([1], {"x": edited[None]}, log, source, np.array([0, 1, 0]), "fast", None, 0)
+    shift = swept.shift("x", "prob")
+    assert np.allclose(shift.numerators, [[.3, 0, -.4]], atol=1e-6) and np.allclose(shift.denominators, [.6, -.2, -.0001], atol=1e-6)
+    assert shift.used.tolist() == [True, True, False] and np.allclose(shift.values[0, :2], [.5, 0], atol=1e-6) and np.isnan(shift.values[0, 2])
+    found = shift.summary()
+    assert found["excluded"] == 1 and found["ratio"]["n"] == 2 and found["raw"]["n"] == 3
+    assert np.allclose(found["ratio"]["value"], [.3 / .4], atol=1e-5) and np.allclose(found["median"]["value"], [.25], atol=1e-5) and np.allclose(found["mean"], [.25], atol=1e-5)
+    assert np.allclose(swept.shift("x").denominators[:2], [2 * np.log(4), 2 * np.log(.4 / .6)], atol=1e-5)
+    assert np.allclose(swept.shift("x", "log_prob", word=1).numerators[0, 0], np.log(.2) - np.log(.5), atol=1e-5)
+
+
+def test_intervals_of_shifts():
+    g = np.random.default_rng(0)
+    bottom = g.normal(3, .5, 400)
+    found = Shift(np.stack([.7 * bottom, np.zeros(400)]) + g.normal(0, .5, (2, 400)), bottom, .5).summary()
+    for k, truth in enumerate((.7, 0)):
+        assert found["ratio"]["low"][k] < truth < found["ratio"]["high"][k] and found["ratio"]["high"][k] - found["ratio"]["low"][k] < .06
+        assert found["median"]["low"][k] < truth < found["median"]["high"][k]
+    again = Shift(np.ones((1, 3)), np.zeros(3), .5).summary()
+    assert again["ratio"] is None and again["excluded"] == 3 and again["raw"]["value"] == [1.]
+
+
+def test_what_cannot_be_swept_says_why(llava):
+    base, source = questions(2, 0), questions(2, 1)
+    with pytest.raises(ValueError, match="there are no queries"): sweep(llava, [], edits={"x": "image"})
+    with pytest.raises(ValueError, match="no edits.*name"): sweep(llava, base, source, {})
+    with pytest.raises(ValueError, match="nothing to swap with"): sweep(llava, base, edits={"image": "image"})
+    with pytest.raises(ValueError, match="2 base queries but 1 source"): sweep(llava, base, source[:1], {"image": "image"})
+    with pytest.raises(ValueError, match="no answers to watch"): sweep(llava, [Query(picture(0), "Where?")], edits={"x": ("last", lambda r, l, s: r)})
+    with pytest.raises(ValueError, match="no layer 9"): sweep(llava, base, source, {"image": "image"}, [9])
+    with pytest.raises(ValueError, match="is not a marked word"): sweep(llava, base, source, {"x": "colour"})
+    longer = questions(2, 1, ["hot dog", "star", "hot dog"])
+    with pytest.raises(ValueError, match="query 0 has .* tokens as base and .* as source"): sweep(llava, base, longer, {"image": "image"})
+    different = [Query(q.image, "Is {subject} left or right?" if i else "Is {subject} or {subject} left or right?", {"subject": "cup"}, q.answers) for i, q in enumerate(base)]
+    with pytest.raises(ValueError, match="has 1 to 2 tokens in these queries"): sweep(llava, different, edits={"x": ("subject", lambda r, l, s: r)})
+    swept = sweep(llava, base, source, {"image": "image"})
+    with pytest.raises(ValueError, match="no edit 'text' in this sweep: there are image"): swept.shift("text")
+    with pytest.raises(ValueError, match="no measure 'logit'"): swept.shift("image", "logit")
+    with pytest.raises(ValueError, match="needs source queries"): sweep(llava, base, edits={"x": ("last", lambda r, l, s: r)}).shift("x")
+    blind = [Query(q.image, q.template, q.words, q.answers) for q in base]
+    with pytest.raises(ValueError, match="no truth"): sweep(llava, blind, source, {"image": "image"}).shift("image")
+    with pytest.raises(ValueError, match="cannot be added to rows"): sweep(llava, base, edits={"x": ("last", add(torch.zeros(7)))})
+
+
+def test_a_family_without_resuming_says_so_once():
+    vlm = VLM(*tiny("mllama", dtype=torch.float64), "tiny")
+    assert not vlm.family.fast
+    base, source = questions(2, 0, ["cup", "star"], 32), questions(2, 1, ["cup", "star"], 32)
+    with pytest.warns(UserWarning, match="not resumed from cached runs"): swept = sweep(vlm, base, source, {"image": "image", "all": ("image", "all")}, [1, 2])
+    import warnings
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sweep(vlm, base, source, {"last": "last"}, [1])
+    assert swept.path == "plain"
+    assert torch.allclose(swept.log_probs["all"], swept.source_log_probs.expand_as(swept.log_probs["all"]), atol=1e-9)
+    assert not torch.allclose(swept.log_probs["image"][0], swept.base_log_probs, atol=1e-6)
