@@ -1,9 +1,9 @@
-# make reproduce · make test · make docs · make bench · make organisms: each first makes .venv if it is missing or out of date.
+# make reproduce · make test · make docs · make bench · make families · make organisms: each first makes .venv if it is missing or out of date.
 PYTHON ?= python3
 BIN := .venv/bin
 NB := nbs/*.ipynb
 
-.PHONY: env reproduce test docs bench organisms prepare
+.PHONY: env reproduce test docs bench families organisms prepare
 
 env: .venv/.ready
 
@@ -24,6 +24,9 @@ docs: env
 
 bench: env
 	$(BIN)/spatialid run 12_bench
+
+families: env
+	$(BIN)/python tests/families.py
 
 organisms: env
 	$(BIN)/python -m spatialid.organisms train llava-tiny

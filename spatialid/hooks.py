@@ -132,6 +132,8 @@ class Checkpoint:
             say = lambda what: "{} with {} blocks of width {}".format(*what)
             raise ValueError(f"the config of {self.id} says {say(found)}, but it should be {say(known)}: {self.note or 'check the id and the revision'}")
 
+
+# %% ../nbs/00_hooks.ipynb #5c0e7a24
 HUB = [Checkpoint(*row) for row in (
     ("llava-7b", "llava-hf/llava-1.5-7b-hf", "llava", "float16", 32, 4096),
     ("llava-13b", "llava-hf/llava-1.5-13b-hf", "llava", "float16", 40, 5120),
@@ -172,6 +174,8 @@ class Family:
     rate: int = 24 # frames per second, where the prompt or the positions tell the time
     fast: bool = False # may a sweep resume from cached runs? (checked by the parity matrix)
 
+
+# %% ../nbs/00_hooks.ipynb #5c0e7a25
 FAMILIES = {
     "llava": Family("LLaVA", fast=True),
     "qwen2_vl": Family("Qwen2-VL", placeholder="<|vision_start|>{}<|vision_end|>", mrope=True, frames="Qwen2VLImageProcessorPil", fast=True),
@@ -375,6 +379,8 @@ def encode(self:VLM,
     elif not mask.all(): batch["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
     return batch
 
+
+# %% ../nbs/00_hooks.ipynb #5c0e7a26
 @patch
 def _medium(self:VLM, query):
     "What comes with a query. Raises ValueError for what the family cannot read."
@@ -528,6 +534,13 @@ def beliefs(self:Run) -> list: # of B words
 
 # %% ../nbs/00_hooks.ipynb #f4d26946
 @patch
+def _receivers(self:VLM, layers, picture):
+    "{layer: the module that receives it}, and what hooks share where the picture enters by cross-attention (None elsewhere)."
+    if self.family.cross and picture and layers: return dict(enumerate(self.receivers, 1)), {} # every hook hands the states on
+    skipped = self.model.config.get_text_config().cross_attention_layers if self.family.cross else () # blocks that do not run without a picture
+    return {l: next(m for i, m in enumerate(self.receivers[l - 1:], l) if i not in skipped) for l in sorted(layers)}, None
+
+@patch
 def _batch(self:VLM, queries, start, total, layers, groups):
     "One forward pass over `queries`, which begin at `start` of `total`: {what: tensor} and {group: number of rows}."
     batch, kept, edits = self.encode(queries), {}, {}
@@ -542,13 +555,9 @@ def _batch(self:VLM, queries, start, total, layers, groups):
     for layer, (group, new) in (item for edit in self._edits for item in edit.items()):
         where = find(group)
         edits.setdefault(layer, []).append((where, self._new(new, layer, group, where.shape, start, total)))
-    hooked, cross, skipped = sorted({*layers, *edits}), None, ()
-    if self.family.cross and hooked: # with a picture, hook every layer to hand on its states; without one, some blocks do not run
-        if "pixel_values" in batch: hooked, cross = range(1, self.n_layers + 1), {}
-        else: skipped = self.model.config.get_text_config().cross_attention_layers
-    receiver = {l: next(m for i, m in enumerate(self.receivers[l - 1:], l) if i not in skipped) for l in hooked}
-    hooks = [receiver[l].register_forward_pre_hook(_hook(rows if l in layers else None, edits.get(l, ()), kept, l, cross), with_kwargs=True)
-             for l in hooked]
+    receivers, cross = self._receivers({*layers, *edits}, "pixel_values" in batch)
+    hooks = [module.register_forward_pre_hook(_hook(rows if l in layers else None, edits.get(l, ()), kept, l, cross), with_kwargs=True)
+             for l, module in receivers.items()]
     try:
         with torch.inference_mode():
             logits = self.model(**batch.to(self.device, self.model.dtype), use_cache=False, **self.keep_last).logits[:, -1]
@@ -664,8 +673,8 @@ def _check_memory(name, config, dtype, device):
     need = sum(p.numel() * p.element_size() for p in model.parameters()) / 1e9
     free = (torch.cuda.mem_get_info(device)[0] if torch.device(device).type == "cuda" else psutil.virtual_memory().available) / 1e9
     if need > free:
-        raise ValueError(f"{name} wants {need:.1f} GB of memory for its weights in {str(dtype)[6:]}, but {device} has {free:.1f} GB free: load it with a narrower "
-                         "dtype, or with device_map='auto', which spreads it over what there is, or take a smaller model")
+        raise ValueError(f"{name} wants {need:.1f} GB of memory for its weights in {str(dtype)[6:]}, but {device} has {free:.1f} GB free: load it with a "
+                         "narrower dtype, or with device_map='auto', which spreads it over what there is, or take a smaller model")
 
 # %% ../nbs/00_hooks.ipynb #3e6666a0
 @patch(cls_method=True)

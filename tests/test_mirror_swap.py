@@ -1,0 +1,302 @@
+"Mirror swap: pairs and groups are what their names say, readings of curves are right on known curves, and the results are complete."
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from spatialid import mirror_swap as ms
+from spatialid.data import Benchmark, FreeScenes, write_benchmark
+from spatialid.hooks import VLM, Query
+from spatialid.results import rng
+from spatialid.sweeps import sweep
+from tiny import tiny, tiny_llava
+
+ROOT = Path(__file__).parents[1]
+TWO = dict(px=32, things=(2, 2))
+
+
+@pytest.fixture(scope="module")
+def vlm(): return VLM(*tiny_llava(px=32))
+
+
+@pytest.fixture(scope="module")
+def base(): return ms.left_right(FreeScenes(1000, seed="test", px=32), 6)
+
+
+def same(a, b): return np.array_equal(np.asarray(a), np.asarray(b))
+
+
+# --- pairs
+
+def test_mirroring_twice_is_the_identity(base):
+    for q in base:
+        once, twice = ms.mirrored(q), ms.mirrored(ms.mirrored(q))
+        assert same(twice.image, q.image) and twice.truth == q.truth
+        assert not same(once.image, q.image) and {once.truth, q.truth} == {"left", "right"} and once.text == q.text
+
+
+def test_mirroring_leaves_other_truths_alone():
+    q = Query(Image.new("RGB", (8, 8)), "Is the {subject} red or blue?", {"subject": "cup"}, ("red", "blue"), "red")
+    assert ms.mirrored(q).truth == "red"
+
+
+def test_questions_are_in_one_wording_and_order(base):
+    assert all(q.answers == ("left", "right") and " left or right " in q.text and q.truth in q.answers for q in base)
+    again = ms.left_right(FreeScenes(1000, seed="test", px=32), 6)
+    assert all(a.text == b.text and same(a.image, b.image) for a, b in zip(base, again))
+    asked = ms.left_right(FreeScenes(1000, seed="test", px=32), 2, instruction=" Answer {} or {}.")
+    assert asked[0].text == base[0].text + " Answer left or right."
+
+
+def test_the_benchmark_gives_one_question_for_each_image(tmp_path):
+    rows = Benchmark(write_benchmark(tmp_path, 40, px=32))
+    questions = ms.left_right(rows, 1000)
+    pictures = {row.image_id for row in rows if row.kind == "left_right"}
+    assert len(questions) == len(pictures) and {q.kind for q in questions} == {"left_right"}
+    assert [q.text for q in ms.left_right(rows, 5)] == [q.text for q in questions[:5]]
+    assert [q.text for q in ms.left_right(rows, 5, seed=1)] != [q.text for q in questions[:5]]
+
+
+def test_recolouring_is_seeded_by_row_and_keeps_shape_and_truth(base):
+    q = base[0]
+    one, again, other = ms.recoloured(q, 0, 3), ms.recoloured(q, 0, 3), ms.recoloured(q, 0, 4)
+    assert same(one.image, again.image) and not same(one.image, other.image) and not same(one.image, ms.recoloured(q, 1, 3).image)
+    assert one.truth == q.truth and one.image.size == q.image.size
+    value = [np.asarray(p.convert("HSV"))[..., 2].astype(int) for p in (q.image, one.image)]
+    assert abs(value[0] - value[1]).max() <= 2  # hue and saturation change, brightness does not
+
+
+def test_recolouring_handles_grey_and_wide_pictures():
+    assert ms.recolour(Image.new("L", (20, 8), 90), rng(0)).size == (20, 8)
+
+
+def test_exchanging_colours_moves_nothing():
+    scenes = FreeScenes(60, seed="colours", **TWO)
+    base, source = ms.colour_pairs(scenes, 10)
+    assert len(base) == len(source) == 10
+    for a, b in zip(base, source):
+        assert a.text == b.text and {a.truth, b.truth} == set(a.answers) == {a.words["first"], a.words["second"]}
+        assert not same(a.image, b.image)
+    scene = next(s for s in scenes if len({t.colour for t in s.things}) == 2)
+    swapped = replace(scene, things=tuple(replace(t, colour=c) for t, c in zip(scene.things, [t.colour for t in scene.things][::-1])))
+    assert scene.canvas()[1] == swapped.canvas()[1]  # the same boxes
+
+
+def test_a_scene_of_one_colour_has_no_colour_question():
+    scene = next(s for s in FreeScenes(200, seed="colours", **TWO) if len({t.colour for t in s.things}) == 1)
+    assert ms.colour_pair(scene, rng(0)) is None
+
+
+def test_moving_mirrors_the_places_alone():
+    scene = FreeScenes(5, seed="moved", **TWO)[0]
+    there = ms.moved(scene)
+    assert [1 - t.x for t in there.things] == pytest.approx([t.x for t in scene.things])
+    assert [(t.y, t.size, t.name, t.colour) for t in there.things] == [(t.y, t.size, t.name, t.colour) for t in scene.things]
+    questions = [ms.left_right([s], 1) for s in (scene, there)]
+    if questions[0]: assert questions[0][0].text == questions[1][0].text and questions[0][0].truth != questions[1][0].truth
+
+
+# --- groups
+
+def test_released_text_begins_two_image_tokens_early(vlm, base):
+    q = base[0]
+    text, released, image = (vlm.positions(q, g) for g in ("text", ms.figure4_groups(vlm, "released")["text"], "image"))
+    assert released == image[-2:] + text
+    assert {k: v for k, v in ms.figure4_groups(vlm, "released").items() if k != "text"} == {k: v for k, v in ms.figure4_groups(vlm).items() if k != "text"}
+    with pytest.raises(KeyError): ms.figure4_groups(vlm, "other")
+
+
+def characters(vlm, q, rows):
+    "The words of the question that the tokens touch."
+    layout = vlm.layout(q)
+    spans = [layout.offsets[row + len(layout.tail)] for row in rows]
+    return {w for w, (a, b) in ((m.group(), m.span()) for m in re.finditer(r"\w+", q.text)) if any(s < b and a < e for s, e in spans)}
+
+
+def test_groups_of_words(vlm, base):
+    for q in base:
+        subject, object = q.words["subject"], q.words["object"]
+        whole = ms.whole_objects(vlm)(q)
+        assert characters(vlm, q, whole) == {subject, object}
+        assert set(vlm.positions(q, "objects")) <= set(vlm.positions(q, ms.whole_objects(vlm)))
+        beside = ms.whole_objects(vlm, 1)(q)
+        assert set(whole) < set(beside) and len(beside) == len(whole) + 4  # the neighbour may be the bare space before the word
+        assert characters(vlm, q, beside) <= {subject, object, "the", "to"}
+        assert not set(ms.text_but_objects(vlm)(q)) & set(vlm.positions(q, ms.whole_objects(vlm)))
+        assert sorted(vlm.positions(q, ms.text_but_objects(vlm)) + vlm.positions(q, ms.whole_objects(vlm))) == vlm.positions(q, "text")
+
+
+@pytest.mark.parametrize("draw", range(5))
+def test_random_words_avoid_objects_answers_and_everything_special(vlm, base, draw):
+    group = ms.random_words(vlm, 2, lambda q: ms.object_spans(q) + q.answer_spans(), draw)
+    for q in base:
+        rows = group(q)
+        assert len(set(rows)) == 2 and rows == group(q)
+        assert characters(vlm, q, rows) <= {"Is", "the", "to", "or", "of"}
+        assert not set(vlm.positions(q, group)) & set(vlm.positions(q, ("objects", "answers", "last", "image")))
+
+
+def test_random_words_differ_between_draws_and_run_out_with_a_clear_error(vlm, base):
+    draws = {tuple(ms.random_words(vlm, 2, ms.object_spans, i)(base[0])) for i in range(8)}
+    assert len(draws) > 1
+    with pytest.raises(ValueError, match="has only"): ms.random_words(vlm, 99, ms.object_spans, 0)(base[0])
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "internvl", "smolvlm"])
+def test_groups_on_other_families(family, base):
+    vlm, q = VLM(*tiny(family)), base[0]
+    for group in (ms.whole_objects(vlm, 1), ms.text_but_objects(vlm), ms.random_words(vlm, 2, lambda q: ms.object_spans(q) + q.answer_spans(), 0)):
+        assert set(vlm.positions(q, group)) < set(vlm.positions(q, "text"))
+
+
+# --- belief shift
+
+def test_image_and_text_tile_what_differs(vlm, base):
+    "The identity the notebook shows: the swap of one part is the swap of the other part the other way round."
+    vlm64 = VLM(*tiny_llava(px=32, dtype=torch.float64))
+    source = [ms.mirrored(q) for q in base]
+    groups = {name: ms.figure4_groups(vlm64)[name] for name in ("image", "text")}
+    there, back = sweep(vlm64, base, source, groups), sweep(vlm64, source, base, groups, plain=True)
+    for a, b in (("image", "text"), ("text", "image")): assert (there.log_probs[a] - back.log_probs[b]).abs().max() < 1e-9
+    one, other = there.shift("image"), back.shift("text")
+    assert np.allclose(one.numerators / one.denominators + other.numerators / other.denominators, 1, atol=1e-6)
+
+
+def fake(numerators, denominators, truth=None):
+    "A sweep of one group 'a' with given differences of logits: base 0, so patched = −numerator."
+    n = len(denominators)
+    pair = lambda d: torch.stack([torch.as_tensor(d, dtype=torch.float64), torch.zeros(np.shape(d), dtype=torch.float64)], -1)
+    from spatialid.sweeps import Sweep
+    return Sweep([*range(1, len(numerators) + 1)], {"a": pair(-np.asarray(numerators))}, pair(np.zeros(n)), pair(-np.asarray(denominators)),
+                 np.zeros(n, int) if truth is None else truth, "fast", None, 0.)
+
+
+def test_curves_are_ratios_of_sums_and_count_what_they_leave_out():
+    s = fake([[1., 3, 50], [2., 6, 50]], [2., 6, .01])
+    c = ms.curves(s, {"b": ["a", "a"]}, draws=50)
+    assert np.allclose(c["a"], [[.5, 1]] * 51) and np.allclose(c["b"], c["a"])
+    assert (c.n, c.excluded) == (2, 1) and c.threshold == .5 and len(c.denominators) == 3
+    with pytest.raises(ValueError, match="no pair of pictures moves the belief"): ms.curves(fake([[1.]], [.01]))
+
+
+@pytest.mark.parametrize("n", [3, 8, 28, 32])
+def test_thirds_cover_all_layers_but_the_last(n):
+    parts = [ms.third(name, n) for name in ("first", "middle", "last")]
+    assert sum(parts, []) == list(range(1, n)) and max(map(len, parts)) - min(map(len, parts)) <= 1
+    if n == 8: assert parts == [[1, 2], [3, 4, 5], [6, 7]]
+
+
+def test_crossing_is_interpolated_first_and_upward():
+    layers, flat = [2, 4, 6, 8], np.zeros((1, 4))
+    assert ms.crossing(flat, np.array([[-1., 3, -1, 1]]), layers)[0] == 2.5
+    assert ms.crossing(flat, np.array([[-1., 0, 2, 2]]), layers)[0] == 4
+    assert np.isnan(ms.crossing(flat, np.array([[1., 1, 1, 1], [-1, -1, -1, -1], [1, -1, -1, -1]]), layers)).all()
+
+
+def test_band_of_known_shapes():
+    layers = np.arange(1, 10)
+    triangle = np.maximum(0, 1 - np.abs(layers - 5) / 4.)
+    assert ms.band(triangle, layers) == (3, 7) and ms.width(triangle[None], layers)[0] == 4 and ms.peak(triangle[None], layers)[0] == 5
+    assert ms.band(np.ones(9), layers) == (1, 9)  # never comes down: ends with the layers
+    assert np.isnan(ms.width(-triangle[None] - 1, layers)[0]) and np.isnan(ms.peak(-triangle[None] - 1, layers)[0])
+
+
+def test_share_in_the_middle():
+    layers, even = np.arange(1, 10), np.ones((1, 9))
+    assert ms.share_in_middle(even, layers, 9)[0] == 3 / 8  # layers 4 to 6 of 1 to 8
+    assert ms.share_in_middle(np.where((layers > 3) & (layers < 7), 1., 0)[None], layers, 9)[0] == 1
+    assert ms.share_in_middle(-even, layers, 9)[0] == -3 / 8  # an effect the other way is no effect of the kind claimed
+
+
+def test_estimate_counts_draws_without_a_value():
+    one = ms.estimate(np.array([2., 1, 3, np.nan, np.nan]), 7)
+    assert one["value"] == 2 and 1 <= one["low"] <= one["high"] <= 3 and (one["n"], one["none"]) == (7, .5)
+    assert ms.estimate(np.full(5, np.nan), 7) == {"value": None, "low": None, "high": None, "n": 7, "none": 1.0}
+    assert ms.told(ms.estimate(np.full(5, np.nan), 7)) == "none" and ms.told(one, 1).startswith("2.0 [")
+
+
+@pytest.mark.parametrize("low, high, expected", [(.1, .3, (.2, .1, .3)), (-.3, -.1, (.2, .1, .3)), (-.1, .3, (.1, 0, .3))])
+def test_size_of_an_interval(low, high, expected):
+    found = ms.size_of({"value": (low + high) / 2, "low": low, "high": high, "n": 1})
+    assert (found["value"], found["low"], found["high"]) == pytest.approx(expected)
+
+
+def test_signal_to_noise():
+    g = np.random.default_rng(0)
+    noise = ms.signal_to_noise(fake(g.normal(size=(5, 400)), np.ones(400)), ("a",))
+    signal = ms.signal_to_noise(fake(3 + g.normal(size=(5, 400)), np.ones(400)), ("a",))
+    assert noise["high"] < .3 and 2.5 < signal["low"] < 3 < signal["high"] < 3.5
+
+
+def test_the_released_average_leaves_nothing_out():
+    s = fake([[1., 3, 0]], [2., 6, 0])
+    mean, std = ms.released_shift(s, "a", 0)
+    shift = s.shift("a", "log_prob", 0)
+    with np.errstate(all="ignore"): values = shift.numerators[0] / shift.denominators
+    values = np.where(np.isfinite(values), values, 0)
+    assert mean[0] == pytest.approx(values.mean()) and std[0] == pytest.approx(values.std(ddof=1)) and values[2] == 0
+
+
+def test_belief_follows():
+    pair = lambda d: torch.tensor([[x, 0.] for x in d])
+    s = SimpleNamespace(base_log_probs=pair([1., 1, -1, -1]), source_log_probs=pair([-1., 1, 1, -1]), truth=np.array([0, 0, 1, 1]))
+    assert [ms.belief_follows(s)[k]["value"] for k in ("base", "source", "both")] == [1, .5, .5]
+    assert ms.belief_follows(s, flips=False)["source"]["value"] == .5
+
+
+def test_figures_can_be_drawn(vlm, base):
+    from matplotlib.figure import Figure
+    source = [ms.mirrored(q) for q in base]
+    s = sweep(vlm, base, source, ms.figure4_groups(vlm))
+    fig = Figure()
+    ms.belief_figure(fig, base, source, s, 1, 2, "objects")
+    assert len(fig.axes) == 4 and fig._suptitle.get_text() == base[1].text
+    large = fake([[1., 2], [2., 3], [3., 3]], [2., 3])
+    ax = Figure().subplots()
+    ms.GROUP_COLOURS.setdefault("a", "k")
+    ms.plot_curves(ax, ms.curves(large), ["a"], shift=1)
+    assert list(ax.lines[0].get_xdata()) == [0, 1, 2] and "released" in ax.get_xlabel()
+
+
+@pytest.mark.parametrize("layers, expected", [(range(1, 9), 8), (range(1, 33), 8), (range(2, 29), 7)])
+def test_ticks(layers, expected):
+    found = ms.ticks(list(layers))
+    assert len(found) == expected and found[-1] == max(layers)
+
+
+# --- the notebook's files
+
+def test_results_are_complete():
+    "Every rule of claims.json finds its number, or the file says that the model cannot be judged."
+    path = ROOT/"results"/"llava-tiny"/"02_mirror_swap.json"
+    found = json.loads(path.read_text())
+    rules = [c["rule"] for c in json.loads((ROOT/"nbs"/"claims.json").read_text()) if c["rule"] and c["rule"]["notebook"] == "02_mirror_swap"]
+    assert len(rules) == 8
+    for rule in rules:
+        one = found["claims"][rule["key"].removeprefix("claims.")]
+        if "not_judged" in one: assert one["value"] is None and not found["judged"]["colours exchanged"] and rule["key"].split(".")[1] in ("object_word", "colour_words_over_others")
+        else: assert all(isinstance(one[k], (int, float)) for k in ("value", "low", "high", "n"))
+    assert found["provenance"]["organism"] and found["provenance"]["protocol"] == "paper" and found["provenance"]["params"]["n_scenes"] >= 200
+    names = {"image", "text", "objects", "subject", "object", "relation words", "last token"}
+    assert names <= set(found["fig4a"]["curves"]) and all(len(c["value"]) == len(found["layers"]) for c in found["fig4a"]["curves"].values())
+    assert {"crossing", "peak", "width"} <= set(found["fig4a"]["readings"]) and found["fig4a"]["complement_gap"] < 1e-3
+    assert set(found["fig4b"]["numerators"]) == {"mirror", "attribute"}
+    for figure in ("fig4a", "fig4b", "a14", "a15", "a6"): assert (path.parent/f"{figure}.png").stat().st_size > 5000
+
+
+def test_the_stored_log_probabilities_give_the_stored_curve():
+    from safetensors.torch import load_file
+    folder = ROOT/"results"/"llava-tiny"
+    t, found = load_file(folder/"02_mirror_swap.safetensors"), json.loads((folder/"02_mirror_swap.json").read_text())
+    truth = t["mirror/truth"]
+    lead = lambda x: (x.gather(-1, truth.expand(x.shape[:-1])[..., None]) - x.gather(-1, 1 - truth.expand(x.shape[:-1])[..., None]))[..., 0].double()
+    base, source, patched = (lead(t[f"mirror/{k}"]) for k in ("base", "source", "image"))
+    used = (base - source).abs() >= found["fig4a"]["threshold"]
+    curve = (base - patched)[:, used].sum(1) / (base - source)[used].sum()
+    assert np.allclose(curve, found["fig4a"]["curves"]["image"]["value"], atol=1e-5)
