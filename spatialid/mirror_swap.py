@@ -129,7 +129,7 @@ def touching(
 
 def object_spans(query:Query)->list:
     "Where the object words stand in the question."
-    return [span for mark, spans in query.spans.items() if re.match("subject|object", mark) for span in spans]
+    return [span for mark, spans in query.spans.items() if re.fullmatch(r"subject|object\d*", mark) for span in spans]
 
 # %% ../nbs/02_mirror_swap.ipynb #bf8d2cbf
 def whole_objects(
@@ -209,15 +209,14 @@ def curves(
     seed:int=0,
     draws:int=1000,
 )->Curves:
-    "Ratio of sums over pairs (Eq. 1) for every group. Raises ValueError where no pair has a denominator above the threshold."
+    "Ratio of sums over pairs (Eq. 1) for every group; NaN where no pair has a denominator above the threshold."
     shift = {name: s.shift(name, measure) for name in s.names}
     one = next(iter(shift.values()))
     used, bottom = one.used, one.denominators[one.used]
-    if not used.any(): raise ValueError(f"no pair of pictures moves the belief by {one.threshold} or more, so there is nothing to take a share of")
     parts = {**{name: [name] for name in s.names}, **(pooled or {})}
     top = {name: np.mean([shift[part].numerators[:, used] for part in names], axis=0) for name, names in parts.items()}
-    w = resample(np.ones(len(bottom)), draws, seed)
-    found = {name: (w @ t.T) / (w @ bottom)[:, None] for name, t in top.items()}
+    w = resample(np.ones(len(bottom)), draws, seed) if used.any() else np.full((1 + draws, 0), np.nan)
+    with np.errstate(invalid="ignore"): found = {name: (w @ t.T) / (w @ bottom)[:, None] for name, t in top.items()}
     return Curves(np.array(s.layers), found, int(used.sum()), int((~used).sum()), one.threshold, one.denominators)
 
 # %% ../nbs/02_mirror_swap.ipynb #c5327df9

@@ -94,7 +94,16 @@ def parse_parameters(
     for name, equals, _ in pairs:
         if not equals: raise UsageError(f"parameter {name!r} has no value; write -p name=value with a name among {', '.join(valid)}")
         if name not in valid: raise UsageError(f"{path.stem} has no parameter {name!r}; it has {', '.join(valid) or 'none'}" + (" and --model" if "model" in parameters_of(path) else ""))
-    return {name: _value(text) for name, _, text in pairs}
+    return {name: _checked(path, name, _value(text)) for name, _, text in pairs}
+
+def _checked(path, name, value):
+    "A value of the kind that the parameter's default is of. UsageError otherwise."
+    default = parameters_of(path)[name]
+    kinds = {bool: (bool,), int: (int,), float: (int, float), list: (list, tuple)}.get(type(default), object)
+    fits = isinstance(value, kinds) and not (isinstance(value, bool) and type(default) in (int, float)) and not (name.startswith("n_") and value < 1)
+    if name == "protocol": fits = value in ("paper", "released")
+    if not fits: raise UsageError(f"{path.stem} cannot take {name}={value!r}: " + ("it is 'paper' or 'released'" if name == "protocol" else f"its default is {default!r}, give one of that kind"))
+    return value
 
 def runs_dir(
     model:str|None, # None for a notebook without a model
@@ -245,19 +254,21 @@ def _measured(rule, model):
     results = number = json.loads(path.read_text())
     for key in rule["key"].split("."): number = number.get(key) if isinstance(number, dict) else None
     complete = isinstance(number, dict) and all(number.get(k) is not None for k in ("value", "low", "high", "n"))
-    return (number if complete else None), results.get("provenance", {})
+    origin, reason = results.get("provenance", {}), number.get("not_judged") if isinstance(number, dict) else None
+    if origin.get("params", {}).get("quick"): complete, reason = False, "only a quick run so far"
+    return (number if complete else None), {**origin, "reason": reason}
 
 def claims(
     model:str="llava-tiny", # whose results to compare
 ) -> list: # dicts: the entry of claims.json with ours, low, high, n, model, organism, protocol, status
-    """Every claim with what was found: status "holds", "does not hold" or "not yet run"."""
+    """Every claim with what was found: status "holds", "does not hold" or "not yet run"; `reason` says why a run gave no number."""
     rows = []
     for claim in json.loads((notebooks_dir()/"claims.json").read_text(encoding="utf-8")):
         number, origin = _measured(claim["rule"], model) if claim["rule"] else (None, {})
         found = number or {}
         status = "not yet run" if number is None else "holds" if holds(number, claim["rule"]) else "does not hold"
         rows.append({**claim, "ours": found.get("value"), **{k: found.get(k) for k in ("low", "high", "n")}, "status": status,
-                     "model": origin.get("model", model) if number else None, "organism": origin.get("organism"),
+                     "reason": origin.get("reason"), "model": origin.get("model", model) if number else None, "organism": origin.get("organism"),
                      "protocol": origin.get("protocol") if number else None})
     return rows
 
@@ -266,7 +277,7 @@ def _number(x): return f"{x:,.0f}" if abs(x) >= 1000 else f"{x:.2f}"
 
 def _ours(row):
     "Our number as text: value, interval, n, model."
-    if row["ours"] is None: return ""
+    if row["ours"] is None: return row["reason"] or ""
     interval = f" [{_number(row['low'])}, {_number(row['high'])}]" if row["low"] != row["high"] else ""
     return f"{_number(row['ours'])}{interval}, n = {row['n']:,}, {row['model']}{' (organism)' if row['organism'] else ''}"
 
@@ -331,7 +342,8 @@ def _run(args):
     print(run_notebook(path, check_model(args.model) if args.model else None, **params))
 
 def _claims(args):
-    rows = claims(args.model)
+    rows, folder = claims(args.model), results_dir(args.model)
+    if not folder.is_dir(): raise UsageError(f"no results of {args.model!r}: there is no {folder}. Run `spatialid reproduce --models {args.model}` first, or this command inside the checkout that has them")
     if args.json: print(json.dumps([{k: r[k] for k in JSON_KEYS} for r in rows], indent=1, ensure_ascii=False))
     else: print(claims_markdown(rows) if args.markdown else claims_text(rows))
 

@@ -11,7 +11,7 @@ from transformers.utils import logging
 
 from spatialid.hooks import FAMILIES, Query, VLM
 from spatialid.results import results_root, write_json
-from spatialid.sweeps import sweep
+from spatialid.sweeps import in_float64, sweep
 from tiny import tiny
 
 LR = "Is the {subject} to the left or right of the {object}?"
@@ -81,7 +81,7 @@ def checks(family, video):
     found["patch everything"] = everything(vlm, base, other, layers, whole)
     mixed = [base, ask(2, video, subject="umbrella", object="hot dog"), ask(3, video, "Is the {subject} left of the {object}, or right?")]
     if not vlm.family.cross: mixed.append(Query(None, "Is a {subject} a {object}?", base.words, base.answers))
-    exact = VLM(*tiny(family, dtype=torch.float64), family)
+    exact = in_float64(VLM(*tiny(family), family))
     batch, singles = exact.run(mixed, layers, "objects"), [exact.run(q, layers, "objects") for q in mixed]
     found["batch = singles"] = max(max(gap(batch.logits[i], one.logits[0]), *(gap(batch.residual(l)[i], one.residual(l)[0]) for l in layers))
                                    for i, one in enumerate(singles))

@@ -8,7 +8,7 @@ from PIL import Image
 from tiny import tiny, tiny_llava
 
 from spatialid.hooks import VLM, Query
-from spatialid.sweeps import Batch, Shift, Sweep, add, first_affected, sweep
+from spatialid.sweeps import Batch, Shift, Sweep, add, first_affected, in_float64, sweep
 
 NAMES = ["cup", "star", "dog", "cat", "hot dog"]
 LEFT_RIGHT = "Is the {subject} to the left or right of the {object}?"
@@ -23,7 +23,7 @@ def questions(n, seed, names=NAMES, px=16, template=LEFT_RIGHT):
 
 
 @pytest.fixture(scope="module")
-def llava(): return VLM(*tiny_llava(dtype=torch.float64), "tiny")
+def llava(): return in_float64(VLM(*tiny_llava(), "tiny"))
 
 
 SWAPS = {"image": "image", "text": "text", "objects": "objects", "subject": "subject", "answers": "answers", "last": "last", "all": "all", "one": 3,
@@ -35,7 +35,7 @@ def largest(a, b): return max(float((a.logits[n] - b.logits[n]).abs().max()) for
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_vl", "qwen3_vl", "gemma3"])
 def test_swaps_equal_whole_forward_passes(family):
-    vlm = VLM(*tiny(family, dtype=torch.float64), "tiny")
+    vlm = in_float64(VLM(*tiny(family), "tiny"))
     assert vlm.family.fast
     px = 16 if family == "llava" else 32
     base, source = questions(5, 0, px=px), questions(5, 1, px=px)  # names of one and of two words: prompts of different lengths, padded
@@ -124,7 +124,7 @@ def test_the_model_is_as_before(llava):
 
 @pytest.mark.parametrize("implementation,limit", [("sdpa", 1e-9), ("eager", 1e-4)])  # transformers' eager attention takes its softmax in float32
 def test_attention_implementations(implementation, limit):
-    vlm = VLM(*tiny_llava(dtype=torch.float64), "tiny")
+    vlm = in_float64(VLM(*tiny_llava(), "tiny"))
     vlm.model.set_attn_implementation(implementation)
     base, source = questions(5, 0), questions(5, 1)
     assert largest(*(sweep(vlm, base, source, SWAPS, logits=True, plain=p) for p in (False, True))) < limit
@@ -180,6 +180,32 @@ def test_rows_recomputed_are_few(llava):
     assert ways("image", False) == [(False, T - llava.positions(base[0], "image")[0])]
 
 
+@pytest.mark.parametrize("family", ["llava", "gemma3"])
+def test_float64_norms_are_the_models_own(family):
+    "Within what float32 rounds, and a change of 1e-12 goes through instead of vanishing or growing to 1e-7."
+    plain, exact = VLM(*tiny(family), "tiny"), in_float64(VLM(*tiny(family), "tiny"))
+    query = questions(1, 0, px=16 if family == "llava" else 32)[0]
+    assert torch.allclose(plain.run(query).logits.double(), exact.run(query).logits, atol=1e-4)
+    one, other = (sweep(exact, [query], edits={"x": ("subject", lambda rows, layer, samples: rows * (1 + e))}, logits=True).logits["x"][0] for e in (0, 1e-12))
+    assert 1e-14 < (one - other).abs().max() < 1e-10
+
+
+def test_the_forms_an_edit_may_have(llava):
+    "Rows, a function of the rows alone, or of rows, layer and samples; one query or several; one layer or several."
+    base, rows = questions(1, 0)[0], torch.randn(2, llava.width, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    s = sweep(llava, base, edits={"rows": ("objects", rows), "one": ("objects", lambda h: rows), "three": ("objects", lambda h, layer, samples: rows)}, layers=2, logits=True)
+    assert s.layers == [2] and torch.equal(s.logits["rows"], s.logits["one"]) and torch.equal(s.logits["one"], s.logits["three"])
+    with llava.patch({2: ("objects", rows)}): assert torch.allclose(llava.run(base).logits, s.logits["rows"][0], atol=1e-9)
+    with llava.patch({2: ("subject", add(rows[0]))}): assert torch.isfinite(llava.run(base).logits).all()
+    for wrong in (lambda h: None, lambda h: h[..., :3], lambda h: h[:, :1].expand(-1, 3, -1)):
+        with pytest.raises(ValueError, match="the edit 'x' gives"): sweep(llava, base, edits={"x": ("objects", wrong)})
+    with pytest.raises(ValueError, match="vectors for the layers .1., not for 2"): sweep(llava, base, edits={"x": ("subject", add({1: rows[0]}))})
+    with pytest.raises(ValueError, match="no edits"): sweep(llava, base, edits=["image"])
+    with pytest.raises(ValueError, match="word='left' is no index"): sweep(llava, base, base, {"x": "image"}).shift("x", word="left")
+    one = Query(base.image, base.template, base.words, "left", "left")
+    with pytest.raises(ValueError, match="needs two answers"): sweep(llava, one, one, {"x": "image"}).shift("x")
+
+
 def test_first_affected():
     causal = torch.ones(6, 6).tril().bool()
     block = causal.clone()
@@ -210,7 +236,7 @@ def test_intervals_of_shifts():
         assert found["ratio"]["low"][k] < truth < found["ratio"]["high"][k] and found["ratio"]["high"][k] - found["ratio"]["low"][k] < .06
         assert found["median"]["low"][k] < truth < found["median"]["high"][k]
     again = Shift(np.ones((1, 3)), np.zeros(3), .5).summary()
-    assert again["ratio"] is None and again["excluded"] == 3 and again["raw"]["value"] == [1.]
+    assert np.isnan(again["ratio"]["value"]).all() and again["ratio"]["n"] == 0 and again["excluded"] == 3 and again["raw"]["value"] == [1.]
 
 
 def test_what_cannot_be_swept_says_why(llava):
@@ -236,7 +262,7 @@ def test_what_cannot_be_swept_says_why(llava):
 
 
 def test_a_family_without_resuming_says_so_once():
-    vlm = VLM(*tiny("mllama", dtype=torch.float64), "tiny")
+    vlm = in_float64(VLM(*tiny("mllama"), "tiny"))
     assert not vlm.family.fast
     base, source = questions(2, 0, ["cup", "star"], 32), questions(2, 1, ["cup", "star"], 32)
     with pytest.warns(UserWarning, match="not resumed from cached runs"): swept = sweep(vlm, base, source, {"image": "image", "all": ("image", "all")}, [1, 2])

@@ -1,0 +1,366 @@
+"Steering: while a model runs and generates, it is what plain hooks do, and nothing of it remains; edits, places and readings are what their names say."
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from spatialid import data
+from spatialid import steering as st
+from spatialid.data import Benchmark, FreeScenes, GridScenes, Thing, grid_pairs, write_benchmark
+from spatialid.extraction import SpatialIDs
+from spatialid.hooks import FAMILIES, VLM, Query
+from spatialid.sweeps import Sweep, sweep
+from tiny import tiny, tiny_llava
+
+ROOT = Path(__file__).parents[1]
+QUESTION = "Is the {subject} to the left or right of the {object}?"
+
+
+def picture(seed, px=16): return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (px, px, 3), dtype=np.uint8))
+
+
+def ask(subject="cup", object="hot dog", seed=0, image=True, **kwargs):
+    return Query(picture(seed) if image else None, QUESTION, {"subject": subject, "object": object}, ("left", "right"), "left", **kwargs)
+
+
+@pytest.fixture(scope="module")
+def llava(): return VLM(*tiny_llava(dtype=torch.float64), "tiny")
+
+
+def vector(vlm, seed=0): return torch.tensor(np.random.default_rng(seed).normal(size=(vlm.n_layers, vlm.width)))
+
+
+# --- the size of a push
+
+def test_each_rule_is_its_formula():
+    x, to, frm = (torch.randn(3, 7, dtype=torch.float64) for _ in range(3))
+    size, unit = x.norm(dim=1, keepdim=True), lambda v: v / v.norm(dim=1, keepdim=True)
+    assert torch.allclose(st.scaled(to, frm, x, 2, "raw"), 2 * (to - frm))
+    assert torch.allclose(st.scaled(to, frm, x, 2, "diff_norm"), 2 * size * unit(to - frm))
+    assert torch.allclose(st.scaled(to, frm, x, 2, "each_norm"), 2 * size * (unit(to) - unit(frm)))
+    assert torch.allclose(st.scaled(to, None, x, 2), 2 * size * unit(to))
+    with pytest.raises(ValueError, match="diff_norm, each_norm, raw"): st.scaled(to, frm, x, 2, "other")
+
+
+@pytest.mark.parametrize("rule", st.RULES)
+def test_two_equal_places_push_nothing(rule):
+    x, to = torch.randn(2, 3, 7)
+    assert torch.equal(st.scaled(to, to, x, 5, rule), torch.zeros_like(x))
+
+
+def test_half_precision_is_scaled_in_float32():
+    x = torch.full((4,), 200.0, dtype=torch.float16) # the squares overflow
+    push = st.scaled(torch.ones(4), None, x, 5)
+    assert push.dtype == torch.float16 and torch.equal(push, torch.full((4,), 1000.0, dtype=torch.float16))
+
+
+# --- steering a model, against plain hooks
+
+def unsaid(vlm): return [*vlm.image_ids, vlm.tokenizer.eos_token_id]
+
+
+def by_hooks(vlm, batch, layer, where, v, scale, rule, steps):
+    "Greedy generation without a cache: one whole pass per token, the rows of the prompt changed in each by a forward hook on the receiving module."
+    def hook(module, args):
+        h = args[0].clone()
+        for b, row in where: h[b, row] = h[b, row] + st.scaled(v, None, h[b, row], scale, rule)
+        return (h, *args[1:])
+    handle = vlm.receivers[layer - 1].register_forward_pre_hook(hook)
+    batch, logits = dict(batch), []
+    try:
+        for _ in range(steps):
+            with torch.inference_mode(): logits.append(vlm.model(**batch, use_cache=False).logits[:, -1])
+            said = logits[-1].index_fill(1, torch.tensor(unsaid(vlm)), -torch.inf).argmax(-1, keepdim=True) # random weights may say anything
+            batch["input_ids"] = torch.cat([batch["input_ids"], said], 1)
+            batch["attention_mask"] = torch.cat([batch["attention_mask"], batch["attention_mask"][:, -1:]], 1)
+            for key in ("token_type_ids", "mm_token_type_ids"):
+                if key in batch: batch[key] = torch.cat([batch[key], torch.zeros_like(batch[key][:, :1])], 1)
+            if "position_ids" in batch: batch["position_ids"] = torch.cat([batch["position_ids"], batch["position_ids"][..., -1:] + 1], -1)
+            if "cross_attention_mask" in batch: batch["cross_attention_mask"] = torch.cat([batch["cross_attention_mask"], batch["cross_attention_mask"][:, -1:]], 1)
+    finally: handle.remove()
+    return torch.stack(logits, 1), batch["input_ids"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_generation_with_a_cache_is_plain_hooks(family):
+    vlm = VLM(*tiny(family, dtype=torch.float64), "tiny")
+    queries = [ask(), ask("dog", "cup", 1)]
+    batch = vlm.encode(queries)
+    batch = {k: v.double() if torch.is_tensor(v) and v.is_floating_point() else v for k, v in batch.items()}
+    layer, v = 2, vector(vlm)[1]
+    pad = (batch["attention_mask"] == 0).sum(1).tolist()
+    where = [(b, pad[b] + vlm.positions(q, "subject")[0]) for b, q in enumerate(queries)]
+    plain, said = by_hooks(vlm, batch, layer, [], v, 3, "diff_norm", 4)
+    wanted, said_steered = by_hooks(vlm, batch, layer, where, v, 3, "diff_norm", 4)
+    state = {k: t.clone() for k, t in vlm.model.state_dict().items()}
+    settings = dict(max_new_tokens=4, min_new_tokens=4, do_sample=False, return_dict_in_generate=True, output_logits=True, suppress_tokens=unsaid(vlm))
+    with vlm.steer(queries, {"subject": vector(vlm)}, layer=layer, scale=3):
+        out = vlm.model.generate(**batch, **settings)
+        run = vlm.run(queries)
+    found = torch.stack(out.logits, 1) # float32, whatever the model is
+    assert torch.equal(out.sequences, said_steered)
+    assert (found - wanted).abs().max() < 1e-5 and (run.logits - wanted[:, 0]).abs().max() < 1e-10
+    assert (wanted - plain).abs().max() > 1e-3, "steering must do something for this test to mean anything"
+    after = vlm.model.generate(**batch, **settings)
+    assert torch.equal(after.sequences, said) and (torch.stack(after.logits, 1) - plain).abs().max() < 1e-5
+    assert all(torch.equal(t, state[k]) for k, t in vlm.model.state_dict().items())
+
+
+def test_nothing_remains_after_the_with(llava):
+    hooks = lambda: [(name, len(m._forward_pre_hooks), len(m._forward_hooks)) for name, m in llava.model.named_modules()]
+    query = ask()
+    plain, before = llava.run(query).logits, hooks()
+    with llava.steer(query, {"subject": vector(llava)}, layer=1): steered = llava.run(query).logits
+    assert hooks() == before and torch.equal(llava.run(query).logits, plain) and not torch.equal(steered, plain)
+    with pytest.raises(RuntimeError):
+        with llava.steer(query, {"subject": vector(llava)}, layer=1): raise RuntimeError
+    assert hooks() == before and torch.equal(llava.run(query).logits, plain)
+
+
+@pytest.mark.parametrize("rule", st.RULES)
+def test_steer_is_patch(llava, rule):
+    queries, to, frm = [ask(), ask("dog", "cat", 3)], vector(llava, 1)[1], vector(llava, 2)[1]
+    with llava.patch({2: ("subject", lambda rows: rows + st.scaled(to, frm, rows, 2, rule))}): wanted = llava.run(queries).logits
+    with llava.steer(queries, {"subject": (to, frm)}, layer=2, scale=2, rule=rule): found = llava.run(queries).logits
+    assert torch.equal(found, wanted)
+
+
+def test_a_layer_is_taken_from_vectors_of_all_layers(llava):
+    v, query = vector(llava), ask()
+    with llava.steer(query, {"object": v}, layer=3): one = llava.run(query).logits
+    with llava.steer(query, {"object": v[2]}, layer=3): two = llava.run(query).logits
+    assert torch.equal(one, two)
+
+
+def test_many_queries_in_any_batches(llava):
+    queries = [ask("cup", "star", 1), ask("hot dog", "cat", 2), ask("dog", "cup", 3)]
+    with llava.steer(queries, {"subject": vector(llava)}, layer=2):
+        together = llava.run(queries).logits
+        apart = torch.cat([llava.run(q).logits for q in queries[::-1]]).flip(0)
+        beams = llava.model.generate(**llava.encode(queries[:1]).to("cpu", torch.float64), max_new_tokens=2, num_beams=3, num_return_sequences=3)
+    assert (together - apart).abs().max() < 1e-12 and len(beams) == 3
+
+
+def test_captured_rows_are_the_steered_ones(llava):
+    query, v = ask(), vector(llava)[1]
+    before = llava.run(query, [2], "subject").residual(2)
+    with llava.steer(query, {"subject": v}, layer=2, rule="raw", scale=1): after = llava.run(query, [2], "subject").residual(2)
+    assert torch.allclose(after - before, v.expand_as(before), atol=1e-12)
+
+
+def test_mllama_without_a_picture():
+    vlm = VLM(*tiny("mllama", dtype=torch.float64), "tiny")
+    query = ask(image=False)
+    plain = vlm.run(query).logits
+    for layer in (1, 2): # nothing reads the word after block 3, where block 4 is skipped
+        with vlm.steer(query, {"subject": vector(vlm)}, layer=layer): assert not torch.equal(vlm.run(query).logits, plain)
+    with pytest.raises(ValueError, match="only words"):
+        with vlm.steer(ask(), {"image": vector(vlm)}, layer=1): pass
+
+
+def test_what_cannot_be_steered_is_said(llava):
+    query, v = ask(), vector(llava)
+    def says(text, call, **kwargs):
+        with pytest.raises(ValueError, match=text):
+            with llava.steer(*kwargs.pop("args", (query, {"subject": v})), **{"layer": 1, **kwargs}): call()
+    says("none of the 1 that are steered", lambda: llava.run(ask("dog")))
+    says("no layer 9", lambda: None, layer=9)
+    says("nothing to steer", lambda: None, args=(query, {}))
+    says("a push is 32 numbers", lambda: None, args=(query, {"subject": v[:2]}))
+    says("not a marked word", lambda: None, args=(query, {"third": v}))
+    says("scales both ends", lambda: None, rule="each_norm")
+    says("no rule", lambda: llava.run(query), rule="none")
+    says("in a sweep", lambda: sweep(llava, [query], edits={"x": ("subject", lambda rows, layer, samples: rows)}))
+    embedded = llava.model.get_input_embeddings()(llava.encode([query])["input_ids"])
+    says("input_ids", lambda: llava.model(inputs_embeds=embedded))
+    cache = llava.model(**llava.encode([query]).to("cpu", torch.float64), use_cache=True).past_key_values
+    says("before the steering began", lambda: llava.model(input_ids=torch.tensor([[5]]), past_key_values=cache))
+
+
+# --- places and edits
+
+def grid_ids(vlm, m=4, seed=0, linear=False):
+    "IDs of a model, one object, one size; linear in column and row if asked for."
+    g = np.random.default_rng(seed)
+    table = g.normal(size=(1, 1, vlm.n_layers, m, m, vlm.width))
+    if linear:
+        y, x = np.mgrid[:m, :m][..., None]
+        table = np.stack([x * h + y * v for h, v in g.normal(size=(vlm.n_layers, 2, vlm.width))])[None, None]
+    return SpatialIDs(table, np.ones((1, 1, m, m), int), ["all"], [224], list(range(1, vlm.n_layers + 1)), [("a", "b")], QUESTION)
+
+
+def test_places_are_exact_at_cells_and_linear_between_and_beyond():
+    ids = np.random.default_rng(0).normal(size=(4, 4, 5))
+    y, x = np.mgrid[:4, :4]
+    assert np.allclose(st.at_place(ids, np.stack([x, y], -1)), ids)
+    assert np.allclose(st.at_place(ids, (1.5, 2)), (ids[2, 1] + ids[2, 2]) / 2)
+    assert np.allclose(st.at_place(ids, (4, 1)), 2 * ids[1, 3] - ids[1, 2])
+    assert np.allclose(st.at_place(ids, (0, -1)), 2 * ids[0, 0] - ids[1, 0])
+    h, v = np.random.default_rng(1).normal(size=(2, 5))
+    line = x[..., None] * h + y[..., None] * v
+    for place in np.random.default_rng(2).uniform(-3, 7, (20, 2)): assert np.allclose(st.at_place(line, place), place[0] * h + place[1] * v)
+
+
+def test_moves_take_every_row_of_every_query_to_its_place(llava):
+    ids = grid_ids(llava)
+    to, frm = np.array([[[0, 0], [3, 1]], [[2, 2], [1, 0]]]), np.array([[[3, 0], [0, 1]], [[0, 2], [1, 3]]])
+    found = st.moves(ids, to, frm)(2, slice(1, 2))
+    grid = ids.at(2)
+    assert np.allclose(found[0], [[grid[2, 2], grid[0, 1]]]) and np.allclose(found[1], [[grid[2, 0], grid[3, 1]]])
+    assert st.moves(ids, to)(2, slice(0, 2))[1] is None
+    assert np.allclose(st.moves(ids, to, layer=3)(1, slice(0, 1))[0], [[ids.at(3)[0, 0], ids.at(3)[1, 3]]])
+
+
+def test_an_edit_of_a_sweep_is_steering_the_model(llava):
+    ids, queries = grid_ids(llava), [ask("cup", "star", i) for i in range(3)]
+    to, frm = np.tile([[[0, 0], [3, 0]]], (3, 1, 1)), np.tile([[[3, 0], [0, 0]]], (3, 1, 1))
+    for rule in st.RULES:
+        s = sweep(llava, queries, edits={"ID": (("subject", "object"), st.pushing(st.moves(ids, to, frm), 2, rule))})
+        for layer in (1, 3):
+            left, right = (torch.as_tensor(ids.at(layer)[0, x]) for x in (0, 3))
+            with llava.steer(queries, {"subject": (left, right), "object": (right, left)}, layer, 2, rule): steered = llava.run(queries)
+            assert (steered.log_probs - s.log_probs["ID"][layer - 1]).abs().max() < 1e-10
+    ids.table *= 0
+    s = sweep(llava, queries, edits={"ID": ("subject", st.pushing(st.moves(ids, to[:, :1], frm[:, :1])))})
+    assert (s.log_probs["ID"] - s.base_log_probs).abs().max() < 1e-12, "a push of nothing changes nothing"
+
+
+def test_controls_have_the_norm_of_what_they_replace(llava):
+    ids, rows = grid_ids(llava), torch.randn(3, 2, llava.width, dtype=torch.float64)
+    to, frm = st.dealt(3, 4, 0, 0)
+    find = st.moves(ids, to, frm)
+    for rule in st.RULES:
+        one = st.pushing(find, 2, rule)(rows, 1, slice(0, 3)) - rows
+        other = st.pushing(find, 2, rule, instead=st.gaussian(llava.width, 2, 0, 0))(rows, 1, slice(0, 3)) - rows
+        assert torch.allclose(one.norm(dim=-1), other.norm(dim=-1)) and not torch.allclose(one, other)
+
+
+def test_noise_depends_on_query_layer_and_draw_alone():
+    noise = st.gaussian(8, 2, 0, 0)
+    whole = noise(1, slice(0, 5))
+    assert np.array_equal(whole[3:], noise(1, slice(3, 5))), "not on how queries are batched"
+    others = [noise(2, slice(0, 5)), st.gaussian(8, 2, 0, 1)(1, slice(0, 5)), st.gaussian(8, 2, 1, 0)(1, slice(0, 5)), whole[[1, 0, 2, 3, 4]]]
+    assert all(not np.allclose(whole, other) for other in others)
+    basis = np.linalg.qr(np.random.default_rng(0).normal(size=(8, 2)))[0].T
+    assert np.abs(st.gaussian(8, 2, 0, 0, lambda layer: basis)(1, slice(0, 5)) @ basis.T).max() < 1e-12
+
+
+def test_dealt_cells_differ_and_the_object_goes_the_other_way():
+    to, frm = st.dealt(50, 4, 0, 0)
+    assert to.shape == (50, 2, 2) and to.min() >= 0 and to.max() <= 3 and (to[:, 0] != frm[:, 0]).any(1).all()
+    assert np.array_equal(to[:, 0], frm[:, 1]) and np.array_equal(to[:, 1], frm[:, 0])
+
+
+# --- questions
+
+def test_opposing_pushes_oppose_the_belief():
+    queries = [ask(), ask(), Query(None, "Is the {subject} above or below the {object}?", {"subject": "cup", "object": "star"}, ("above", "below"))]
+    to, frm = st.opposing(queries, ["left", "right", "below"])
+    assert frm.tolist() == [[[0, 0], [3, 0]], [[3, 0], [0, 0]], [[0, 3], [0, 0]]] and np.array_equal(to, frm[:, ::-1])
+
+
+def test_questions_have_one_wording_and_order_and_their_own_pictures(tmp_path):
+    scenes = FreeScenes(1000, seed="test", px=32)
+    found = st.questions(scenes, 6)
+    assert [q.kind for q in found] == ["left_right", "above_below"] * 3 and {q.answers for q in found} == {("left", "right"), ("above", "below")}
+    assert len({np.asarray(q.image).tobytes() for q in found}) == 6 and all(q.truth in q.answers for q in found)
+    assert [q.text for q in found] == [q.text for q in st.questions(scenes, 6)]
+    assert st.questions(scenes, 1, instruction=' "{}" or "{}"?')[0].text == found[0].text + ' "left" or "right"?'
+    rows = Benchmark(write_benchmark(tmp_path, 30, px=32))
+    some = st.questions(rows, 100)
+    assert len(some) == len({row.image_id for row in rows}) and {q.kind for q in some} == {"left_right", "above_below"}
+    assert all(q.kind == "left_right" for q in st.questions(rows, 100, kinds=("left_right",)))
+
+
+def test_arranged_scenes_ask_what_they_show():
+    source = FreeScenes(10**6, seed="test", px=32)
+    seen = set()
+    for i in range(60):
+        q, (subject, other) = st.near_far(source, i, 0)
+        assert subject[1] == other[1] and other[0] in (0, 3) and q.truth == {1: "near", 3: "far"}[abs(subject[0] - other[0])]
+        seen.add((other[0], q.truth))
+        b, (at, one, two) = st.in_between(source, i, 0)
+        things = [Thing("", None, (x + .5) / 4, (y + .5) / 4, .2, 2, True) for x, y in (at, one, two)]
+        assert data.between(*things) == b.truth and len(set(b.words.values())) == 3
+    assert len(seen) == 4
+
+
+# --- readings
+
+def made_up(**log_probs):
+    "A sweep of two answers with given log-probabilities; base is `base` (B, 2)."
+    base = torch.tensor(log_probs.pop("base"))
+    return Sweep([1, 2], {k: torch.tensor(v) for k, v in log_probs.items()}, base, None, np.zeros(len(base), int), "fast", None, 0)
+
+
+def test_swaps_and_changes():
+    s = made_up(base=[[-1.0, -2], [-3, -1]], a=[[[-1.0, -2], [-1, -3]], [[-2, -1], [-3, -1]]], b=[[[-2.0, -1], [-1, -3]], [[-2, -1], [-3, -1]]])
+    assert st.swapped(s, ["a"]).tolist() == [[0, 1], [1, 0]] and st.swapped(s, ["a", "b"]).tolist() == [[.5, 1], [1, 0]]
+    assert st.odds(st.change(s, "a")).tolist() == [[0, -4], [2, 0]]
+
+
+def test_layer_rules():
+    g = np.random.default_rng(0)
+    one = (g.random((9, 400)) < np.array([.1, .2, .3, .9, .5, .4, .3, .2, 0])[:, None]).astype(float)
+    found = st.readings({"ID": one, "noise": one * .5}, list(range(1, 10)), 9)
+    assert found["top 3"]["layers"] == [4, 5, 6] and found["chosen on half"]["layers"] == [4] and found["middle third"]["layers"] == [4, 5, 6]
+    assert found["chosen on half"]["ID"]["value"] == one[3, 200:].mean() and found["chosen on half"]["ID"]["n"] == 200
+    assert np.isclose(found["top 3"]["gain"]["value"], one[3:6].mean() / 2)
+    one[3, 200:], one[3, :200] = 1, 0
+    assert st.readings({"ID": one, "noise": one}, list(range(1, 10)), 9)["chosen on half"]["layers"] == [5], "the second half has no say"
+
+
+def test_thirds_and_slopes():
+    assert st.middle_third(8) == [3, 4, 5] and st.middle_third(32) == list(range(11, 22)) and st.middle_third(3) == [2]
+    effect = np.zeros((10, 9))
+    effect[:, 3:6] = 1
+    assert st.share_in_middle(effect, list(range(1, 10)), 9) == 1
+    x = np.array([[0, 1, 2, 3], [3, 2, 1, 0]])
+    assert np.allclose(st.slope(2.0 * x + 1, x), 2) and np.allclose(st.slope(np.arange(4.0), np.arange(4)), 1)
+
+
+def test_the_released_script_finds_every_equal_token(llava):
+    query = ask("dog", "hot dog")
+    assert len(st.occurrences(llava, query, "subject")) == 2 and st.occurrences(llava, query, "subject") == st.occurrences(llava, query, "object")
+    assert st.occurrences(llava, ask("cup", "star"), "subject") == [st.occurrences(llava, ask("cup", "star"), "subject")[0]]
+    scale = st.released_scale(llava, [query, ask("cup", "star")], 5, [1, 2])(1, slice(0, 2))
+    assert (scale[0] > 5).all() and torch.equal(scale[1], torch.full((2, 1), 5.0))
+
+
+def test_ids_are_read_at_the_words_of_the_relation(llava):
+    scene = GridScenes(grid_pairs(2), sizes=(224,), px=16)[0]
+    for word in ("left", "right"):
+        q = st.AtWord(scene, word).query(st.at_word(word))
+        assert q.text == scene.query().text and q.text[slice(*q.spans["subject"][0])] == word
+        row, = llava.positions(q, "subject")
+        assert row == llava.positions(scene.query(), st.relation_words(llava))[("left", "right").index(word)]
+    twice = Query(picture(0), QUESTION + " Answer left or right.", {"subject": "cup", "object": "star"}, ("left", "right"))
+    assert len(llava.positions(twice, st.relation_words(llava))) == 2
+
+
+def test_a_pad_of_places(llava):
+    ids, query = grid_ids(llava, linear=True), ask()
+    log_odds, before = st.pad_odds(llava, ids, query, (1, 1), [(1, 1), (3, 1)])
+    assert log_odds.shape == (2, llava.n_layers) and np.allclose(log_odds[0], before) and not np.allclose(log_odds[1], before)
+    assert np.isclose(before, -float(llava.run(query).logit_diff))
+    from matplotlib.figure import Figure
+    panels = Figure().subplots(1, 2)
+    st.pad_figure(*panels, query, (1, 1), log_odds[0], before, list(range(1, 5)))
+    assert panels[0].get_title() == "cup at (1, 1)" and panels[1].get_ylabel() == "probability of “right”"
+
+
+# --- the results
+
+@pytest.mark.parametrize("path", sorted((ROOT/"results").glob("*/04_steering.json")), ids=lambda p: p.parent.name)
+def test_results_are_complete(path):
+    found = json.loads(path.read_text(encoding="utf-8"))
+    number = lambda one: one["n"] > 0 and (one["low"] <= one["value"] <= one["high"] if one["value"] is not None else one["not_judged"])
+    assert all(number(one) for one in found["claims"].values()) and found["provenance"]["params"]["alpha"] == 5
+    assert {"ID", "noise", "permuted places", "off the plane", "agreeing ID"} <= set(found["fig2"]["curves"]) and set(found["fig2"]["readings"]) == {"top 3", "chosen on half", "middle third"}
+    assert found["provenance"]["params"]["n_scenes"] >= 200 and found["provenance"]["params"]["n_noise"] >= 5
+    assert found["fig9"]["strength"]["largest"] > 0 and number(found["fig9"]["steerability"])
+    assert all((path.parent/f"{name}.png").is_file() for name in ("fig2", "fig2_choices", "fig6a", "fig6b", "fig6c", "fig6d", "a16", "steering_path", "steering_pad"))
+    assert found["provenance"]["weight_hash"] == SpatialIDs.load(path.parent/"spatial_ids.safetensors").provenance["weight_hash"], "notebook 04 is older than the IDs: run it again"
