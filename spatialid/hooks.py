@@ -582,6 +582,7 @@ def run(self:VLM,
 ) -> Run:
     "Ask the queries; keep the next token's logits and the rows asked for. Raises ValueError for an unknown layer or group."
     queries, layers = [queries] if isinstance(queries, Query) else list(queries), self.check_layers(layers)
+    if wrong := [q for q in queries if not isinstance(q, Query)]: raise ValueError(f"a question is a Query(image, template, words, answers), not a {type(wrong[0]).__name__}")
     groups = ("all",) if at is None else (at,) if isinstance(at, (str, Integral)) or callable(at) else tuple(at)
     if not queries: raise ValueError("there are no queries to run: give at least one")
     total, out, first = len(queries), {}, None
@@ -620,7 +621,7 @@ def _pad_ids(self:VLM, queries, device):
 def _new(self:VLM, new, layer, group, shape, start, total):
     "What a patch writes into (B, P) rows, for the queries from `start` of `total`. Raises ValueError for a tensor that does not fit."
     if callable(new): return new
-    if isinstance(new, Run): new = new.residual(layer, group)
+    new = new.residual(layer, group) if isinstance(new, Run) else torch.as_tensor(new)
     if new.ndim == 3 and len(new) == total: new = new[start:start + shape[0]]
     elif new.ndim == 3 and len(new) > 1: shape = (total, shape[1])
     try: new.expand(*shape, self.width)
@@ -636,6 +637,8 @@ def patch(self,
     edits:dict, # {layer: (group, new)}; new: tensor (B, P, d), (P, d) or (d,), another `Run`, or a function of the rows
 ):
     "Replace rows of the residual stream in every `run` inside the `with`. Raises ValueError for a layer that is not there."
+    for edit in edits.values():
+        if not (isinstance(edit, tuple) and len(edit) == 2): raise ValueError("an edit is {layer: (group, new)}, as in {4: ('subject', rows)}")
     self.check_layers(edits)
     self._edits.append(edits)
     try: yield self

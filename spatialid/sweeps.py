@@ -248,6 +248,7 @@ def add(
 def _edits(edits, source, base):
     "{name: (group, new)}, with new None for a swap. Raises ValueError for what cannot be done."
     if not base: raise ValueError("there are no queries to sweep: give at least one")
+    if wrong := [q for q in base if not isinstance(q, Query)]: raise ValueError(f"a question is a Query(image, template, words, answers), not a {type(wrong[0]).__name__}")
     if any(not q.answers for q in base): raise ValueError("a query has no answers to watch: give Query(..., answers=('left', 'right'))")
     if not isinstance(edits, dict) or not edits: raise ValueError("there are no edits to sweep: give edits={'name': group} or {'name': (group, function)}")
     is_pair = lambda e: isinstance(e, tuple) and len(e) == 2 and (callable(e[1]) or hasattr(e[1], "ndim"))

@@ -551,3 +551,14 @@ def test_a_model_whose_blocks_misbehave_is_found_out(vlm):
     for block in model.model.language_model.layers: # a block that counts its hooks
         block.register_forward_hook(lambda m, args, out: out + .1 * len(m._forward_pre_hooks))
     with pytest.raises(ValueError, match="hooks that change nothing change the logits"): VLM(model, processor, "odd").check()
+
+
+def test_what_is_no_query_or_no_edit_says_so(tmp_path):
+    vlm, query = VLM(*tiny_llava(), "tiny"), Query(None, "a")
+    with pytest.raises(ValueError, match="a question is a Query.*not a str"): vlm.run("Where is the cup?")
+    with pytest.raises(ValueError, match="an edit is .layer: .group, new"):
+        with vlm.patch({1: torch.zeros(32)}): pass
+    with vlm.patch({1: ("last", [0.] * 32)}): listed = vlm.run(query)
+    with vlm.patch({1: ("last", torch.zeros(32))}): assert torch.equal(vlm.run(query).logits, listed.logits)
+    assert vlm.run(query, layers=2).residuals.keys() == {2}
+    with pytest.raises(ValueError, match="{text} is the name of a group of positions"): Query(None, "Is the {text} red?", {"text": "cup"})
