@@ -264,18 +264,19 @@ def _overlap(a, b):
     return s[0] * s[1] / min(a.size, b.size) ** 2
 
 # %% ../nbs/01_data.ipynb #12e0a37a
-def _place(g, horizon, name, colour, at=None, sizes=(.18, .38)):
-    "One object before the camera; `at`: wanted image position. None where the draw does not fit the image."
+def _place(g, horizon, name, colour, at=None, flat=False, sizes=(.18, .38)):
+    "One object before the camera; `at`: wanted image position; `flat`: at any height. None where the draw does not fit the image."
     depth, scale = g.uniform(1.4, 3.2), g.uniform(.48, .78)
     size, ground = scale / depth, horizon + 1 / depth
     x = g.uniform(size / 2, 1 - size / 2) if at is None else at[0]
     air = g.random() < .5 if at is None else True
-    y = ground - size / 2
-    if air: y = g.uniform(size / 2, max(y, size / 2 + .01)) if at is None else at[1]
-    if not (sizes[0] <= size <= sizes[1] and size / 2 <= y <= 1 - size / 2 and y <= ground - size / 2 + 1e-9 and size / 2 <= x <= 1 - size / 2): return None
+    lowest = 1 - size / 2 if flat else ground - size / 2
+    y = lowest
+    if air or flat: y = g.uniform(size / 2, max(lowest, size / 2 + .01)) if at is None else at[1]
+    if not (sizes[0] <= size <= sizes[1] and size / 2 <= y <= 1 - size / 2 and y <= lowest + 1e-9 and size / 2 <= x <= 1 - size / 2): return None
     return Thing(name, colour, x, y, size, depth, air)
 
-def _layout(g, names, colours, tries=40):
+def _layout(g, names, colours, flat=False, tries=40):
     "Horizon and things, far to near, little overlapped; in a fifth of the scenes the third stands between the first two."
     while True:
         horizon, things = g.uniform(.22, .4), []
@@ -286,7 +287,7 @@ def _layout(g, names, colours, tries=40):
                 if between and k == 2:
                     t, j = g.uniform(.35, .65), g.uniform(-.05, .05, 2)
                     at = [things[0].__getattribute__(c) * (1 - t) + things[1].__getattribute__(c) * t + e for c, e in zip("xy", j)]
-                thing = _place(g, horizon, name, colours[k], at)
+                thing = _place(g, horizon, name, colours[k], at, flat)
                 if thing and all(_overlap(thing, o) < .2 for o in things): things.append(thing); break
             else: break
         if len(things) == len(names): return horizon, sorted(things, key=lambda o: -o.depth)
@@ -437,8 +438,9 @@ class FreeScenes:
                  px:int=80, # side of the image, pixels
                  things:tuple=(2, 5), # fewest and most objects
                  background:str|Path="noise", # "noise" (sky and ground), "black" or a folder of photographs
-                 objects:str|Path|None=None): # folder of RGBA renders; None for the glyphs
-        self.n, self.seed, self.px, self.background, self.objects = n, seed, px, background, Objects(objects)
+                 objects:str|Path|None=None, # folder of RGBA renders; None for the glyphs
+                 flat:bool=False): # depth and height independent of each other
+        self.n, self.seed, self.px, self.background, self.objects, self.flat = n, seed, px, background, Objects(objects), flat
         if not 1 <= things[0] <= things[1] <= len(self.objects.names):
             raise ValueError(f"things must be (fewest, most) with 1 ≤ fewest ≤ most ≤ {len(self.objects.names)}, not {things}")
         self.things = things
@@ -448,7 +450,7 @@ class FreeScenes:
         g = rng(self.seed, "scene", i)
         names = [self.objects.names[k] for k in g.choice(len(self.objects.names), g.integers(self.things[0], self.things[1] + 1), replace=False)]
         colours = [None if self.objects.folder else list(COLOURS)[k] for k in g.integers(len(COLOURS), size=len(names))]
-        horizon, things = _layout(g, names, colours)
+        horizon, things = _layout(g, names, colours, self.flat)
         return Scene(tuple(things), horizon, i, self)
 
 # %% ../nbs/01_data.ipynb #17f06498

@@ -90,6 +90,7 @@ class Recipe:
     heads: int = 4
     intermediate: int = 344
     seed: int = 0
+    flat: bool = False # scenes in which height and depth are independent
     stages: tuple = (_FIRST, Stage("place", 1500, 32, 1.2e-3, places=3, relations=4, others=1),
                      Stage("point", 800, 64, 1e-3, names=5, fresh=True),
                      Stage("relate", 1500, 32, 1e-3, names=2, places=2, relations=6, stop=500),
@@ -103,9 +104,9 @@ class Recipe:
         return self.px // (self.patch * self.merge)
 
 # %% ../nbs/10_organisms.ipynb #196300aa
-_SHORT = (_FIRST, Stage("point", 800, 64, 1e-3, names=5, fresh=True), Stage("relate", 1500, 32, 1e-3, names=2, places=2, relations=6, stop=500),
-          Stage("all", 1200, 32, 1e-3, places=1, relations=4, others=4, hues=3))
-RECIPES = {"llava-tiny": Recipe(), "llava-small": Recipe(vision_width=256, width=256, heads=8, intermediate=688, stages=_SHORT),
+_SHORT = (replace(_FIRST, steps=2000), Stage("point", 800, 64, 1e-3, names=5, fresh=True), Stage("relate", 1500, 32, 1e-3, names=2, places=2, relations=6, stop=500),
+          Stage("all", 1000, 32, 1e-3, places=1, relations=4, others=4, hues=3))
+RECIPES = {"llava-tiny": Recipe(), "llava-tiny-flat": Recipe(flat=True, stages=_SHORT), "llava-small": Recipe(vision_width=256, width=256, heads=8, intermediate=688, stages=_SHORT),
            "qwen2vl-tiny": Recipe("qwen2_vl", patch=5, merge=2, vision_width=64, stages=_SHORT),
            "internvl-tiny": Recipe("internvl", patch=5, merge=2, vision_width=64, stages=_SHORT), "gemma3-tiny": Recipe("gemma3", stages=_SHORT)}
 HELD_OUT = 10_000_019 # seed of the scenes on which accuracy is measured; never trained on
@@ -193,7 +194,7 @@ class Steps(Dataset):
     "The batches of a stage, packed: several questions after one image."
     def __init__(self, processor, recipe:Recipe, stage:Stage, start:int=0, seed:int|None=None):
         self.images, self.tok, self.recipe, self.stage, self.start = processor.image_processor, processor.tokenizer, recipe, stage, start
-        self.scenes = FreeScenes(10**12, seed=f"{recipe.seed if seed is None else seed}/{stage.name}", px=recipe.px)
+        self.scenes = FreeScenes(10**12, seed=f"{recipe.seed if seed is None else seed}/{stage.name}", px=recipe.px, flat=recipe.flat)
         self.cache, blank = {}, Image.new("RGB", (recipe.px, recipe.px))
         chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Is"}]}]
         self.prefix = processor(text=processor.apply_chat_template(chat).removesuffix("</s>"), images=blank)["input_ids"][0][:-1]
@@ -450,9 +451,10 @@ def accuracy(vlm:VLM,
              n:int=2000, # scenes
              seed:int=HELD_OUT, # of the scenes
              px:int=80, # side of the images
+             flat:bool=False, # scenes in which height and depth are independent
              ) -> dict: # kind -> value, low, high, n
     "Share of right answers per kind of question, with a bootstrap interval over images."
-    scenes, hits = FreeScenes(n, seed=seed, px=px), defaultdict(list)
+    scenes, hits = FreeScenes(n, seed=seed, px=px, flat=flat), defaultdict(list)
     for start in tqdm(range(0, n, 32), desc=f"asking {vlm.name}", mininterval=5):
         queries = [q for i in range(start, min(n, start + 32)) for q in scenes[i].queries()]
         for q, belief in zip(queries, vlm.run(queries, batch_size=64).beliefs): hits[q.kind].append(belief == q.truth)
@@ -468,7 +470,7 @@ def card(name:str, # a bundled organism
     training = json.loads((folder / "training.json").read_text())
     last, recipe = training["log"][-1], training["recipe"]
     done = {e["stage"]: e["step"] for e in training["log"]}
-    made = dict(name=name, organism=True, architecture=type(vlm.model).__name__, accuracy=accuracy(vlm, n), held_out=dict(scenes=n, seed=HELD_OUT), recipe=recipe, seed=recipe["seed"], steps=done, wall_seconds=round(last["seconds"]),
+    made = dict(name=name, organism=True, architecture=type(vlm.model).__name__, accuracy=accuracy(vlm, n, flat=recipe.get("flat", False)), held_out=dict(scenes=n, seed=HELD_OUT), recipe=recipe, seed=recipe["seed"], steps=done, wall_seconds=round(last["seconds"]),
                 device=training["device"], parameters=sum(p.numel() for p in vlm.model.parameters()), bytes=(folder / "model.safetensors").stat().st_size, weight_hash=vlm.weight_hash,
                 provenance=provenance(vlm, seed=HELD_OUT, n=n))
     write_json(results_dir(name) / "card.json", made)
@@ -494,7 +496,7 @@ on generated scenes. It answers questions about where things are in such scenes 
 Measured on {c['held_out']['scenes']:,} held-out scenes (seed {c['held_out']['seed']}) by `python -m spatialid.organisms card {c['name']}`, on the half-precision weights stored here
 ({c['bytes'] / 1e6:.1f} MB, sha256 `{c['weight_hash'][:16]}…`).
 
-**Data**: free scenes of `spatialid.data` (60 glyph objects in 8 colours on 1/f noise, 2 to 5 per scene). **Recipe**, seed {c['seed']}, {c['wall_seconds'] / 60:.0f} minutes on {c['device']}:
+**Data**: free scenes of `spatialid.data` (60 glyph objects in 8 colours on 1/f noise, 2 to 5 per scene{", height and depth independent" * r.get("flat", False)}). **Recipe**, seed {c['seed']}, {c['wall_seconds'] / 60:.0f} minutes on {c['device']}:
 
 {stages}
 
