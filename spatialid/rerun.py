@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['OPS', 'JSON_KEYS', 'UsageError', 'RunError', 'notebooks_dir', 'notebooks', 'find_notebook', 'parameters_of',
            'bundled', 'check_model', 'parse_parameters', 'runs_dir', 'run_notebook', 'weight_digest', 'fingerprint',
-           'experiments', 'is_done', 'reproduce', 'holds', 'claims', 'claims_markdown', 'claims_text', 'main',
-           'models_text']
+           'experiments', 'is_done', 'reproduce', 'holds', 'claims', 'claims_markdown', 'claims_text', 'figures_of',
+           'model_page', 'main', 'models_text']
 
 # %% ../nbs/11_rerun.ipynb #46b72622
 import argparse, ast, hashlib, json, logging, os, re, shutil, sys, textwrap, time
@@ -230,6 +230,10 @@ def reproduce(
                 if is_done(path, model): print(f"{name}: already done"); finished.append(name); continue
                 try: print(f"{name}: done in {_run_and_record(path, model):.0f} s"); finished.append(name)
                 except RunError as e: print(e, file=sys.stderr); failed.append(name)
+        if len(models) > 1 and (path := notebooks().get("13_models")) and not failed:
+            name = path.stem
+            run_notebook(path); finished.append(name)
+            print(f"{name}: done")
     except KeyboardInterrupt:
         print(f"\nInterrupted in {name}. Finished: {', '.join(finished) or 'nothing yet'}. The same command continues from here.", file=sys.stderr)
         return 130
@@ -249,7 +253,7 @@ def holds(
 
 def _measured(rule, model):
     "The number a rule refers to and its provenance; None where there is no such result."
-    path = results_dir(model)/f"{rule['notebook']}.json"
+    path = results_dir(rule.get("model", model))/f"{rule['notebook']}.json"
     if not path.is_file(): return None, {}
     results = number = json.loads(path.read_text())
     for key in rule["key"].split("."): number = number.get(key) if isinstance(number, dict) else None
@@ -268,7 +272,7 @@ def claims(
         found = number or {}
         status = "not yet run" if number is None else "holds" if holds(number, claim["rule"]) else "does not hold"
         rows.append({**claim, "ours": found.get("value"), **{k: found.get(k) for k in ("low", "high", "n")}, "status": status,
-                     "reason": origin.get("reason"), "model": origin.get("model", model) if number else None, "organism": origin.get("organism"),
+                     "reason": origin.get("reason"), "model": origin.get("model", claim["rule"].get("model", model)) if number else None, "organism": origin.get("organism"),
                      "protocol": origin.get("protocol") if number else None})
     return rows
 
@@ -305,6 +309,32 @@ def claims_text(
         lines += textwrap.wrap(_words(r) + (f" Released code: {r['note']}." if r["note"] else ""), width, initial_indent=" "*4, subsequent_indent=" "*4)
     count = {s: sum(r["status"] == s for r in rows) for s in ("holds", "does not hold", "not yet run")}
     return "\n".join(lines) + "\n\n" + ", ".join(f"{n} {s}" for s, n in count.items())
+
+# %% ../nbs/11_rerun.ipynb #54340d13
+def figures_of(
+    path:Path, # a notebook
+) -> list: # names, without .png
+    """The figures that a notebook saves for its model, in order."""
+    code = "\n".join(c.source for c in nbformat.read(path, 4).cells if c.cell_type == "code")
+    return list(dict.fromkeys(re.findall(r'save_figure\(.*?, model, "([\w-]+)"\)', code)))
+
+def model_page(
+    name:str, # a model with results
+) -> str:
+    """A page in Markdown, its pictures relative to `nbs/models/`: the card, the claims, the figures of each notebook."""
+    card, folder = results_dir(name)/"card.json", results_dir(name)
+    made = json.loads(card.read_text()) if card.is_file() else {}
+    parts = [f"# {name}", f"> {made.get('architecture', 'A model')}: its card, its claims, its figures."]
+    if made:
+        rows = [f"| {k.replace('_', ' ')} | {v['value']:.3f} | {v['low']:.3f}–{v['high']:.3f} | {v['n']:,} |" for k, v in made["accuracy"].items()]
+        parts += [f"{made['parameters']:,} parameters, {made['bytes']/1e6:.1f} MB, trained in {made['wall_seconds']/60:.0f} minutes ({made['device']}), seed {made['seed']}. Weights: sha256 `{made['weight_hash'][:16]}…`.",
+                  "\n".join(["| question | right | 95 % interval | n |", "|---|---|---|---|", *rows])]
+    judged = [r for r in claims(name) if r["ours"] is not None and r["model"] == name]
+    if judged: parts += ["## Claims", claims_markdown(judged)]
+    for path in notebooks().values():
+        shown = [f for f in figures_of(path) if (folder/f"{f}.png").is_file()]
+        if shown: parts += [f"## [{path.stem}](../{path.name})", *(f"![{f} of {name}](../results/{folder.name}/{f}.png)" for f in shown)]
+    return "\n\n".join(parts) + "\n"
 
 # %% ../nbs/11_rerun.ipynb #87b42ec0
 def _parser():

@@ -78,6 +78,12 @@ def test_readme_is_generated_from_the_index():
     assert (ROOT/"README.md").read_text(encoding="utf-8") == make_readme.render(), "run `make prepare`"
 
 
+def test_each_bundled_model_has_its_page():
+    pages = make_readme.pages()
+    assert {p: p.read_text(encoding="utf-8") for p in (ROOT/"nbs"/"models").glob("*.md")} == pages, "run `make prepare`"
+    assert all("## Claims" in text or "early" in p.stem for p, text in pages.items())
+
+
 def test_experiments_have_one_parameters_cell():
     for path in NOTEBOOKS:
         tagged = [c for c in nbformat.read(path, 4).cells if "parameters" in c.metadata.get("tags", [])]

@@ -285,7 +285,41 @@ def test_arranged_scenes_ask_what_they_show():
         b, (at, one, two) = st.in_between(source, i, 0)
         things = [Thing("", None, (x + .5) / 4, (y + .5) / 4, .2, 2, True) for x, y in (at, one, two)]
         assert data.between(*things) == b.truth and len(set(b.words.values())) == 3
-    assert len(seen) == 4
+        r, (own, centre) = st.surrounded(source, i, 0)
+        assert r.truth == ("yes" if own == centre else "no") and (own == centre or max(abs(own[0] - centre[0]), abs(own[1] - centre[1])) >= 2)
+        assert min(centre) >= 1 and max(centre) <= 2
+        seen.add(r.truth)
+    assert len(seen) == 6
+
+
+def test_the_edits_of_figure_2():
+    vlm, g = VLM.load("llava-tiny"), np.random.default_rng(0)
+    asked = st.questions(FreeScenes(100, seed=4), 4)
+    ids = SpatialIDs(g.standard_normal((1, 1, 8, 4, 4, vlm.width)), np.ones((1, 1, 4, 4)), ["all"], [224], list(range(1, 9)), [("a", "all")], "")
+    edits = st.adversarial(vlm, ids, asked, [q.truth for q in asked], alpha=3.0, n_noise=2)
+    assert list(edits) == ["ID", "noise 0", "noise 1"]
+    rows = torch.tensor(g.standard_normal((4, 2, vlm.width)))
+    push = {name: edit(rows, 2, slice(0, 4)) - rows for name, (_, edit) in edits.items()}
+    for p in push.values(): assert torch.allclose(p.norm(dim=-1), 3 * rows.norm(dim=-1))
+    to = {"left": (3, 0), "right": (0, 0), "above": (0, 3), "below": (0, 0)}[asked[0].truth]
+    frm = {"left": (0, 0), "right": (3, 0), "above": (0, 0), "below": (0, 3)}[asked[0].truth]
+    step = torch.tensor(ids.step(frm, to, 2))
+    assert torch.allclose(push["ID"][0, 0] / push["ID"][0, 0].norm(), step / step.norm())
+    assert abs(torch.cosine_similarity(push["noise 0"][0, 0], step, dim=0)) < .5 and not torch.equal(push["noise 0"], push["noise 1"])
+
+
+def test_a_point_of_figure_9():
+    vlm, g = VLM.load("llava-tiny"), np.random.default_rng(0)
+    asked = st.questions(FreeScenes(100, seed=4), 6)
+    ids = SpatialIDs(g.standard_normal((1, 1, 8, 4, 4, vlm.width)), np.ones((1, 1, 4, 4)), ["all"], [224], list(range(1, 9)), [("a", "all")], "")
+    s = sweep(vlm, asked, edits=st.adversarial(vlm, ids, asked, vlm.run(asked).beliefs, n_noise=2))
+    one = st.fig9_numbers(vlm, ids, asked, s)
+    was = s.base_log_probs.argmax(-1)
+    gain = np.array([[float(a != b) - np.mean([float(c != b) for c in noise]) for a, b, *noise in zip(s.log_probs["ID"][l].argmax(-1), was, *(s.log_probs[f"noise {i}"][l].argmax(-1) for i in range(2)))] for l in (2, 3, 4)])
+    assert one["steerability"]["value"] == pytest.approx(gain.mean())
+    x = vlm.run(asked, [3], "subject").residual(3)[:, 0].norm(dim=-1).mean()
+    assert one["strength"]["by_layer"][3]["relative_norm"] == pytest.approx(float(np.linalg.norm(ids.ids[2], axis=-1).mean() / x), rel=1e-5)
+    assert one["strength"]["by_layer"][3]["r2"] < .5, "random IDs are not linear in the place"
 
 
 # --- readings
