@@ -78,7 +78,8 @@ def test_readme_is_generated_from_the_index():
     assert (ROOT/"README.md").read_text(encoding="utf-8") == make_readme.render(), "run `make prepare`"
 
 
-def test_each_bundled_model_has_its_page():
+def test_each_bundled_model_has_its_page(monkeypatch):
+    monkeypatch.setenv("SPATIALID_RESULTS", str(ROOT))
     pages = make_readme.pages()
     assert {p: p.read_text(encoding="utf-8") for p in (ROOT/"nbs"/"models").glob("*.md")} == pages, "run `make prepare`"
     assert all("## Claims" in text or "early" in p.stem for p, text in pages.items())
