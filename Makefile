@@ -28,8 +28,10 @@ bench: env
 families: env
 	$(BIN)/python tests/families.py
 
+# One organism, or several: make organisms NAME="gemma3-tiny llava-tiny-flat". A stopped training goes on with the same command.
+NAME ?= llava-tiny
 organisms: env
-	$(BIN)/python -m spatialid.organisms train llava-tiny
+	for name in $(NAME); do $(BIN)/python -m spatialid.organisms train $$name || exit; done
 
 # For authors, after editing notebooks: modules, clean notebooks, README.
 prepare: env

@@ -105,7 +105,7 @@ class Recipe:
 
 # %% ../nbs/10_organisms.ipynb #196300aa
 _SHORT = (replace(_FIRST, steps=2000), Stage("point", 800, 64, 1e-3, names=5, fresh=True), Stage("relate", 1500, 32, 1e-3, names=2, places=2, relations=6, stop=500),
-          Stage("all", 1000, 32, 1e-3, places=1, relations=4, others=4, hues=3))
+          Stage("all", 800, 32, 1e-3, places=1, relations=4, others=4, hues=3))
 RECIPES = {"llava-tiny": Recipe(), "llava-tiny-flat": Recipe(flat=True, stages=_SHORT), "llava-small": Recipe(vision_width=256, width=256, heads=8, intermediate=688, stages=_SHORT),
            "qwen2vl-tiny": Recipe("qwen2_vl", patch=5, merge=2, vision_width=64, stages=_SHORT),
            "internvl-tiny": Recipe("internvl", patch=5, merge=2, vision_width=64, stages=_SHORT), "gemma3-tiny": Recipe("gemma3", stages=_SHORT)}

@@ -25,7 +25,6 @@ TINY = Recipe(vision_width=32, width=32, vision_blocks=1, blocks=2, heads=2, int
               stages=(Stage("recognise", 4, 4, 1e-3), Stage("place", 4, 4, 1e-3, places=1, relations=2, others=2, hues=1)))
 MERGED = dict(patch=5, merge=2)
 FAMILY = {f: replace(TINY, family=f, px=40, **(MERGED if f in ("qwen2_vl", "internvl") else {})) for f in BUILDERS}
-BUNDLED = ("llava-tiny", "llava-tiny-early")
 
 
 def test_names_are_split_and_answers_are_not():
@@ -157,16 +156,17 @@ def test_bundle_round_trip_and_foreign_checkpoints(tmp_path):
     assert early_entry([{"left_right": .71}, {"left_right": .78}, {"left_right": .9}])["left_right"] == .78
 
 
-@pytest.mark.parametrize("name", BUNDLED)
+@pytest.mark.parametrize("name", bundled())
 def test_the_card_is_about_the_bundled_weights(name):
     folder, card = Path(organisms.__file__).parent / "organisms" / name, json.loads((Path(__file__).parents[1] / "results" / name / "card.json").read_text())
     vlm = VLM.load(name)
-    assert card["weight_hash"] == vlm.weight_hash and card["held_out"]["scenes"] == 2000 and card["bytes"] <= 8e6
+    assert card["weight_hash"] == vlm.weight_hash and card["held_out"]["scenes"] == 2000 and card["bytes"] <= (20e6 if "small" in name else 8e6)
     assert (folder / "README.md").read_text() == organisms.card_text(card)
     stored = load_file(folder / "model.safetensors")
     assert all(t.dtype == torch.float16 for t in stored.values())
-    now = accuracy(vlm, n=150)
+    now = accuracy(vlm, n=150, flat=card["recipe"].get("flat", False))
     for kind, a in card["accuracy"].items(): # the same scenes come first, so a small sample may differ by chance alone
         assert now[kind]["low"] - .08 <= a["value"] <= now[kind]["high"] + .08, kind
     if name == "llava-tiny": assert min(card["accuracy"][k]["value"] for k in ("left_right", "above_below")) >= .95 and card["accuracy"]["colour"]["value"] >= .8
-    else: assert .70 <= card["accuracy"]["left_right"]["value"] <= .85
+    elif name.endswith("-early"): assert .70 <= card["accuracy"]["left_right"]["value"] <= .85
+    else: assert min(card["accuracy"][k]["value"] for k in ("left_right", "above_below")) >= .85
