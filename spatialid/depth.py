@@ -10,14 +10,16 @@ __all__ = ['FRONT_BEHIND', 'QUESTIONS', 'WORDS', 'DEPTHS', 'HEIGHTS', 'SIDES', '
 
 # %% ../nbs/05_depth.ipynb #7f0b34b9
 from dataclasses import dataclass, field, replace
+from itertools import islice, permutations
 
 import numpy as np
 import torch
 
-from .data import ABOVE_BELOW, COLOURS, LEFT_RIGHT, Benchmark, FreeScenes, Scene, Thing, relation
-from .extraction import SpatialIDs, grid_axes, grid_design, orthonormal
+from .data import ABOVE_BELOW, COLOURS, Benchmark, FreeScenes, Scene, Thing, relation
+from .extraction import SpatialIDs, grid_design
 from .hooks import VLM, Query
 from .results import rng
+from .steering import pushing
 from .sweeps import Sweep, sweep
 
 # %% ../nbs/05_depth.ipynb #a6ad9972
@@ -147,8 +149,8 @@ def _clear_pairs(source, seed):
     "(image, subject, object, truths, place of the subject), for each picture the first pair in random order of which both relations are clear."
     for scene in source:
         things = [scene.things[i] for i in rng(seed, "pair", scene.index).permutation(len(scene.things))]
-        clear = ((s, o, truths) for s in things for o in things if s is not o and all(truths := {kind: relation(kind, s, o) for kind in QUESTIONS}.values()))
-        if pair := next(clear, None): yield scene.image, pair[0].name, pair[1].name, pair[2], (pair[0].x, pair[0].y)
+        clear = ((s, o, truths) for s, o in permutations(things, 2) if all((truths := {kind: relation(kind, s, o) for kind in QUESTIONS}).values()))
+        for s, o, truths in islice(clear, 1): yield scene.image, s.name, o.name, truths, (s.x, s.y)
 
 def _rows_above_below(source, seed):
     "The same for a benchmark: rows about above and below, one for each picture, depth unknown. Rows whose boxes fit no caption are left out."
@@ -282,7 +284,7 @@ class DepthScene:
 def depth_scenes(
     source:FreeScenes, # gives objects, colours and background
     pairs:list, # (reference a, object b)
-    references:int=4, # cells of the reference, drawn for each pair
+    references:int=3, # cells of the reference, drawn for each pair
 ) -> list: # of `DepthScene`, pair by pair: for every cell of the reference all cells of the object
     "Scenes to extract depth IDs from: pairs × references × 16."
     cells, found = [(z, row) for row in range(4) for z in range(4)], []
@@ -351,14 +353,17 @@ def within_question(
 
 # %% ../nbs/05_depth.ipynb #7c69946d
 def depth_statistics(
-    gram:np.ndarray, # (..., 16, 16) inner products of depth IDs, cells in the order of `ids.reshape(16, d)`
-) -> dict: # {"r2": (...), "norm": (...)}
-    "Share of the variance at fixed height that is linear in depth, and root-mean-square norm of the IDs at fixed height."
+    gram:np.ndarray, # (..., m² + 2, m² + 2) inner products of depth IDs, in the order of `ids.reshape(m * m, d)`, and of two other vectors, h and v
+) -> dict: # {"r2", "cosine_h", "cosine_v"}: (...)
+    "Share of the variance of depth IDs at fixed height that is linear in depth, and the cosines of the depth axis with the other two vectors."
     m = int(np.sqrt(gram.shape[-1]))
-    within = np.eye(m * m) - np.kron(np.eye(m), np.full((m, m), 1 / m))
-    gram, x = within @ gram @ within, grid_design(m)[:, 0]
-    total = np.trace(gram, axis1=-2, axis2=-1)
-    return {"r2": np.nan_to_num(((gram @ x) @ x) / np.maximum(total, np.finfo(float).tiny)), "norm": np.sqrt(np.maximum(total, 0) / (m * m))}
+    n, tiny, x = m * m, np.finfo(float).tiny, grid_design(m)[:, 0]
+    within = np.eye(n) - np.kron(np.eye(m), np.full((m, m), 1 / m))
+    total = np.trace(within @ gram[..., :n, :n] @ within, axis1=-2, axis2=-1)
+    square = (gram[..., :n, :n] @ x) @ x # of the axis Σ x·ID
+    size = np.sqrt(np.maximum(square, tiny)[..., None] * np.diagonal(gram, axis1=-2, axis2=-1)[..., n:])
+    on_h, on_v = np.moveaxis(x @ gram[..., :n, n:] / np.maximum(size, tiny), -1, 0)
+    return {"r2": square / np.maximum(total, tiny), "cosine_h": on_h, "cosine_v": on_v}
 
 def depth_null(
     grid:np.ndarray, # (m, m, d) depth IDs, indexed [height, depth]
