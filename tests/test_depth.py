@@ -2,6 +2,7 @@
 import json
 from itertools import permutations
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -121,6 +122,18 @@ def test_spellings_are_the_forms_less_those_already_counted(llava):
     for word, answer in zip(("front", "behind"), strings):
         assert {tok.decode(s).strip() for s in answer} <= {word, word.capitalize()} and len(answer) >= 2
         assert not any(a != b and b[:len(a)] == a for a, b in permutations(answer, 2))
+
+
+def test_a_spelling_that_begins_with_another_is_counted_once():
+    table = {"P": [0], "Pfront": [0, 1], "PFront": [0, 3, 4], "P front": [0, 1, 2], "P Front": [5]} # the last one swallows the prompt's token
+    table |= {"\n" + k[1:]: v for k, v in table.items()}
+    stub = SimpleNamespace(tokenizer=Tokens(table))
+    assert dp._spellings(stub, "P", ("front",)) == [[(1,), (3, 4)]]
+
+
+class Tokens(dict):
+    unk_token_id = 9
+    def __call__(self, text, add_special_tokens): return {"input_ids": self[text]}
 
 
 def test_what_cannot_be_scored_is_named(llava):
