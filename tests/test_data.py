@@ -8,7 +8,7 @@ from PIL import Image
 
 from spatialid.data import (COLOURS, KINDS, OBJECTS, PLACES, Benchmark, FreeScenes, GridScenes, Objects, Thing, Videos, background, between, grid_pairs, noise_background, own_colour,
                             paste, place, relation, write_benchmark)
-from spatialid.results import rng
+from spatialid.results import bootstrap, rng
 
 pixels = lambda im: np.asarray(im).astype(int)
 
@@ -109,6 +109,30 @@ def test_free_scenes_obey_the_camera_and_ask_balanced_questions():
     for kind in KINDS:
         n = [c for (k, _), c in count.items() if k == kind]
         assert len(n) >= 2 and min(n) > (.6 if kind != "between" else .35) * max(n), (kind, n)
+
+
+def test_height_and_depth_are_independent_in_flat_scenes_only():
+    def correlation(flat):
+        "Of y and depth, over the things of scenes, with a bootstrap interval over scenes."
+        rows = [np.array([(1, o.y, o.depth, o.y**2, o.depth**2, o.y * o.depth) for o in s.things]).sum(0) for s in FreeScenes(600, seed=9, flat=flat)]
+        def r(v):
+            n, y, z, yy, zz, yz = v.sum(0)
+            return (n * yz - y * z) / np.sqrt((n * yy - y**2) * (n * zz - z**2))
+        return bootstrap(rows, r, n=400)
+    flat, ordinary = correlation(True), correlation(False)
+    assert flat["low"] < 0 < flat["high"] and abs(flat["value"]) < .08
+    assert ordinary["high"] < -.25
+
+
+def test_flat_scenes_fit_the_picture_and_ordinary_ones_are_as_before():
+    for s in FreeScenes(100, seed=3, flat=True):
+        assert [o.depth for o in s.things] == sorted((o.depth for o in s.things), reverse=True)
+        for o in s.things: assert o.size / 2 <= o.y <= 1 - o.size / 2 and 1.4 <= o.depth <= 3.2 and .18 <= o.size <= .38
+    below = lambda flat: sum(o.y + o.size / 2 > s.horizon + 1 / o.depth + 1e-9 for s in FreeScenes(100, seed=3, flat=flat) for o in s.things)
+    assert below(True) > 50 and below(False) == 0, "things hang below the ground in flat scenes alone"
+    before = [("king", "purple", .468031, .127911, 2.997025), ("circle", "pink", .857729, .43398, 2.702077), ("gear", "green", .219026, .189979, 2.621352),
+              ("wheel", "blue", .159727, .497783, 2.605795), ("star", "blue", .390373, .667312, 2.192768)] # what this index gave before there were flat scenes
+    assert [(o.name, o.colour, round(float(o.x), 6), round(float(o.y), 6), round(float(o.depth), 6)) for o in FreeScenes(40, seed=3)[7].things] == before
 
 
 def test_overlapping_things_hide_what_is_behind():
