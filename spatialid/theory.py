@@ -23,7 +23,7 @@ from .extraction import SpatialIDs, add_batch, finish, index_scenes, new_state, 
 from .hooks import VLM, Query
 from .organisms import BUILDERS, Recipe
 from .results import rng
-from .sweeps import attention
+from .sweeps import attention, in_float64
 
 # %% ../nbs/09_theory.ipynb #a96b70ed
 def pooled(
@@ -146,8 +146,8 @@ def _watching(modules):
         for hook in hooks: hook.remove()
 
 def _placed(positions, angles):
-    "Rows of a rotary encoding (N, d) at their row and column, (2, N), as a grid."
-    (y, x), flat = (positions - positions.min(1, keepdim=True).values).long().tolist(), torch.cat(angles, -1).double().cpu().numpy()
+    "Rows of a rotary encoding (N, d) at their row and column, (N, 2), as a grid."
+    (y, x), flat = (positions - positions.min(0).values).long().T.tolist(), torch.cat(angles, -1).double().cpu().numpy()
     grid = np.full((max(y) + 1, max(x) + 1, flat.shape[-1]), np.nan)
     grid[y, x] = flat
     return grid
@@ -169,7 +169,7 @@ def encodings(
         angles = [a.flatten(0, -2) for a in out]
         if last(name) == "rotary_emb": # (3, 1, T): time, row, column of every token
             image = vlm.positions(query, "image")
-            positions, angles = positions[-2:, 0, image], [a[image] for a in angles]
+            positions, angles = positions[-2:, 0, image].T, [a[image] for a in angles]
         found[ROTARY[last(name)]] = _placed(positions, angles)
     if not found: raise ValueError(f"{vlm.name} has no position encoding that is known here (tried modules and tables called {', '.join([*LEARNED, *ROTARY])}): add its name to LEARNED or ROTARY")
     return found
@@ -308,9 +308,11 @@ def linear_encoding(
     return found
 
 # %% ../nbs/09_theory.ipynb #ab7744a4
-def grid_of(n:int)->int: # patches on a side
-    "Side of a square grid of image tokens. ValueError where they are none."
-    if isqrt(n)**2 != n: raise ValueError(f"{n} image tokens are no square grid, so the patches of a cell are unknown: give square pictures to a family that does not cut them into tiles")
+def grid_of(vlm:VLM, query:Query)->int: # patches on a side
+    "Side of the square grid of a query's image tokens. ValueError where they are none, or several."
+    n, pixels = len(vlm.positions(query, "image")), vlm.encode([query])["pixel_values"]
+    tiles = pixels.shape[pixels.ndim - 4] if pixels.ndim > 3 else 1 # pictures in a row, where a family cuts them
+    if tiles > 1 or isqrt(n)**2 != n: raise ValueError(f"the {n} image tokens of {vlm.family.title} are no square grid of one picture, so the patches of a cell are unknown: give square pictures to a family that does not cut them into tiles")
     return isqrt(n)
 
 def in_cell(side:int, m:int)->np.ndarray: # (m², side²) bool
@@ -405,7 +407,7 @@ def decompose(
     for rows in index.batches(0, batch_size):
         queries, of = [scenes[i].query(template) for i in rows], slice(rows.start, rows.stop)
         row, image = vlm.positions(queries[0], "subject")[0], vlm.positions(queries[0], "image")
-        cells = torch.as_tensor(in_cell(grid_of(len(image)), index.m))
+        cells = torch.as_tensor(in_cell(grid_of(vlm, queries[0]), index.m))
         own = cells[index.b[of].astype(int)]
         before = list(range(image[-1] + 1, row + 1))
         with written(vlm, before) as kept: run = vlm.run(queries, [L], "subject", batch_size)
