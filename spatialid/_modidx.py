@@ -511,4 +511,5 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'spatialid.theory.read_out': ('theory.html#read_out', 'spatialid/theory.py'),
                                   'spatialid.theory.rotary_index': ('theory.html#rotary_index', 'spatialid/theory.py'),
                                   'spatialid.theory.square': ('theory.html#square', 'spatialid/theory.py'),
+                                  'spatialid.theory.toy': ('theory.html#toy', 'spatialid/theory.py'),
                                   'spatialid.theory.written': ('theory.html#written', 'spatialid/theory.py')}}}

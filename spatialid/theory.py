@@ -6,7 +6,7 @@
 __all__ = ['LEARNED', 'ROTARY', 'PLANTED', 'SOURCES', 'pooled', 'directions', 'low_rank', 'left_out', 'dealt_out', 'explained',
            'square', 'encodings', 'rotary_index', 'Tiles', 'TileScenes', 'Planted', 'plant', 'plane', 'linear_encoding',
            'grid_of', 'in_cell', 'written', 'by_head', 'Means', 'Written', 'decompose', 'from_weights', 'composed',
-           'agreement', 'compared', 'read_out', 'r_squared']
+           'agreement', 'compared', 'read_out', 'r_squared', 'toy']
 
 # %% ../nbs/09_theory.ipynb #0dd24c71
 from contextlib import contextmanager
@@ -499,3 +499,26 @@ def r_squared(both:np.ndarray)->float: # (n, 2, …): measured and predicted
     "1 − what is left of the variance of the measured values."
     measured, predicted = both[:, 0], both[:, 1]
     return 1 - ((measured - predicted)**2).sum() / ((measured - measured.mean())**2).sum()
+
+# %% ../nbs/09_theory.ipynb #7c7aebb4
+def toy(
+    asked:str, # "relations", "cells" or "both"
+    seed:int,
+    m:int=4, # cells on a side
+    width:int=16,
+    steps:int=300, # 0: as it begins
+    decay:float=1e-3, # of the weights
+)->np.ndarray: # (m², width): a vector for each place
+    "Eq. 6-8 and nothing else, trained: places that are read linearly by questions of one kind or another."
+    g, cells = torch.Generator().manual_seed(seed), torch.arange(m * m)
+    b, a = torch.cartesian_prod(cells, cells)[cells.repeat_interleave(m * m) != cells.repeat(m * m)].T
+    place, relation, name = weights = [(0.1 * torch.randn(*size, generator=g)).requires_grad_() for size in ((m * m, width), (2 * width, 2), (width, m * m))]
+    side, optimiser = torch.stack([b % m - a % m, b // m - a // m], 1).sign(), torch.optim.Adam(weights, 0.02, weight_decay=decay)
+    for _ in range(steps):
+        loss = 0.0
+        if asked != "cells": loss = loss + torch.nn.functional.softplus(-side * (torch.cat([place[b], place[a]], 1) @ relation))[side != 0].mean()
+        if asked != "relations": loss = loss + torch.nn.functional.cross_entropy(place[b] @ name, b)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    return place.detach().double().numpy()

@@ -320,3 +320,12 @@ def test_a_linear_read_out_is_found_and_noise_is_not():
     assert abs(th.r_squared(np.stack([noise, predicted], 1)[~train])) < 0.2
     inside = th.read_out(vectors, vectors @ w, np.eye(6)[:2], train)[1]
     assert not inside[2:].any()
+
+
+# --- the toy
+
+def test_questions_shape_the_toy():
+    from spatialid.extraction import grid_statistics
+    r2 = {asked: float(grid_statistics((lambda v: v @ v.T)(th.toy(asked, 0, steps=200)))["r2"]) for asked in ("relations", "cells")}
+    assert r2["relations"] > 0.9 and r2["cells"] < 0.4
+    assert np.array_equal(th.toy("both", 1, steps=3), th.toy("both", 1, steps=3)) and not np.array_equal(th.toy("both", 1, steps=3), th.toy("both", 2, steps=3))
