@@ -360,14 +360,14 @@ def _parts(vlm, kept, final, sources): # sources (source, b, T) bool, final (b, 
     taken, mlps, heads, weight, error = [], [], [], [], 0.0
     for l, (block, k) in enumerate(zip(vlm.blocks, kept)):
         attended = k["attention"][:, :, -1]
-        by_source = [by_head(block, attended * mask[:, None].to(attended), k["value"]) for mask in sources]
-        each, after = sum(by_source), kept[l + 1]["received"][:, -1] if l + 1 < len(kept) else final
-        error = max(error, float((k["received"][:, -1] + each.sum(1) + k["mlp"] - after.to(each)).abs().max() / after.abs().max()))
+        by_source = [by_head(block, attended * mask[:, None].to(attended), k["value"]).to(final.device) for mask in sources]
+        each, (before, mlp), after = sum(by_source), (one.to(final.device) for one in (k["received"][:, -1], k["mlp"])), kept[l + 1]["received"][:, -1].to(final.device) if l + 1 < len(kept) else final
+        error = max(error, float((before + each.sum(1) + mlp - after.to(each)).abs().max() / after.abs().max()))
         taken.append(torch.stack([one.sum(1) for one in by_source]))
-        mlps.append(k["mlp"])
+        mlps.append(mlp)
         heads.append(each)
-        weight.append((attended * sources[0][:, None].to(attended)).sum(-1))
-    if error > 1e-2: raise ValueError(f"the blocks of {vlm.family.title} hand on something else than what they received and what heads and MLP write (off by {error:.0%}): another norm or a gate stands between")
+        weight.append((attended * sources[0][:, None].to(attended)).sum(-1).to(final.device))
+    if error > max(1e-2, 8 * torch.finfo(final.dtype).eps): raise ValueError(f"the blocks of {vlm.family.title} hand on something else than what they received and what heads and MLP write (off by {error:.0%}): another norm or a gate stands between")
     return torch.stack(taken, 2), torch.stack(mlps, 1), torch.cat(heads, 1), torch.stack(weight, 1), error
 
 # %% ../nbs/09_theory.ipynb #4d9a1fd0
@@ -411,7 +411,7 @@ def decompose(
         own = cells[index.b[of].astype(int)]
         before = list(range(image[-1] + 1, row + 1))
         with written(vlm, before) as kept: run = vlm.run(queries, [L], "subject", batch_size)
-        sources = _sources(vlm, queries[0], own, image, kept[0]["value"].shape[1]).to(kept[0]["value"].device)
+        sources = _sources(vlm, queries[0], own, image, kept[0]["value"].shape[1])
         taken, mlps, heads, weight, error = _parts(vlm, kept, run.residual(L)[:, 0].to(vlm.device), sources)
         phi = {**dict(zip(SOURCES, map(plain, taken))), "mlps": plain(mlps), "shares": plain(heads) @ flat.double().numpy().T}
         for name, one in phi.items():
