@@ -9,11 +9,10 @@ __all__ = ['SAMPLERS', 'PAPER', 'ARMS', 'dealt_wrongly', 'SpatialIDLoss', 'Store
            'run_seeds', 'gathered', 'over_seeds', 'sign_flips', 'crossed', 'bits', 'compared', 'main', 'told_log']
 
 # %% ../nbs/07_finetune.ipynb #8acb1492
-import argparse, hashlib, json, os, re, sys
+import argparse, hashlib, inspect, json, re, sys
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
-from functools import lru_cache
 from itertools import permutations, product
 from multiprocessing import get_context
 from pathlib import Path
@@ -33,7 +32,7 @@ from transformers import Trainer
 from .data import Benchmark, GridScenes
 from .extraction import SpatialIDs
 from .hooks import VLM, Query
-from .results import OKABE_ITO, results_dir, rng, write_bytes, write_json
+from .results import results_dir, rng, write_bytes, write_json
 from .steering import TEMPLATES, at_place
 
 # %% ../nbs/07_finetune.ipynb #21d77c10
@@ -577,9 +576,10 @@ def main(argv:list|None=None) -> int:
     p.add_argument("benchmark", help="folder of COCO-spatial, or one that `spatialid benchmark` wrote")
     p.add_argument("--ids", help="spatial_ids.safetensors of the model (default: what notebook 03 left in results/)")
     p.add_argument("--out", default=".work/finetune", help="folder of checkpoint, log and the model (default %(default)s)")
+    says = dict(re.findall(r"^    (\w+):.*# (.*)$", inspect.getsource(Settings), re.M))
     for f in fields(Settings):
         kind = dict(action="store_true") if isinstance(f.default, bool) else dict(type=int if f.name == "micro" else str if f.default is None else type(f.default), default=f.default)
-        p.add_argument(f"--{f.name.replace('_', '-')}", **kind, help=str(f.default).replace("%", "%%"))
+        p.add_argument(f"--{f.name.replace('_', '-')}", **kind, help=f"{says.get(f.name, '')} (default {f.default})".strip().replace("%", "%%"))
     a = vars(p.parse_args(argv))
     settings = Settings(**{f.name: a[f.name] for f in fields(Settings)})
     try:
