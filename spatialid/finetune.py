@@ -496,11 +496,19 @@ def run_seed(
         logs[name] = finetune(vlm, pictures, benchmark, ids, folder, replace(settings, seed=seed), progress=False)
     return logs
 
-def run_seeds(seeds, *args, processes:int=1, **kwargs) -> list: # for each seed, {name: log}
-    "`run_seed` for several seeds, some at a time; interrupted, the same call goes on."
-    if processes < 2: return [run_seed(args[0], args[1], seed, *args[2:], **kwargs) for seed in tqdm(seeds, desc="seeds")]
+def run_seeds(
+    seeds,
+    model:str,
+    arms:dict, # {name: Settings}
+    *args, # further arguments of `run_seed`: scenes, benchmark, ids, out
+    processes:int=1, # seeds at a time
+) -> list: # for each seed, {name: log}
+    "`run_seed` for several seeds; interrupted, the same call goes on."
+    if processes < 2: return [run_seed(model, arms, seed, *args) for seed in tqdm(seeds, desc="seeds")]
+    from spatialid import finetune as home # what another process can import, also where this runs in a notebook
+    arms = {name: home.Settings(**asdict(s)) for name, s in arms.items()}
     with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
-        jobs = [pool.submit(run_seed, args[0], args[1], seed, *args[2:], threads=1, **kwargs) for seed in seeds]
+        jobs = [pool.submit(home.run_seed, model, arms, seed, *args, threads=1) for seed in seeds]
         return [job.result() for job in tqdm(jobs, desc="seeds")]
 
 # %% ../nbs/07_finetune.ipynb #7af31b88
