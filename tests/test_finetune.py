@@ -1,0 +1,401 @@
+"Fine-tuning: the loss is its formula in every family, a group is the same in one piece or several, a killed or shared run is the uninterrupted one."
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import TrainingArguments
+
+from spatialid import finetune as ft
+from spatialid.data import Benchmark, GridScenes, grid_pairs, write_benchmark
+from spatialid.extraction import SpatialIDs
+from spatialid.finetune import PAPER, Groups, Pictures, Settings, SpatialIDLoss, finetune, group_loss, question, sampled, teach, unfreeze
+from spatialid.hooks import FAMILIES, VLM
+from tiny import tiny, tiny_llava
+
+SMALL = replace(PAPER, steps=4, every=2, lr=1e-3, last_k=1, layer=2, held=2, instruction="")
+
+
+def random_ids(width=32, layers=4, m=4, seed=0):
+    table = np.random.default_rng(seed).normal(size=(1, 2, layers, m, m, width)).astype(np.float32)
+    return SpatialIDs(table, np.ones((1, 2, m, m)), ["all"], [74, 224], list(range(1, layers + 1)), [("a", "b")], "")
+
+
+def scenes(n_pairs=6, **kwargs): return GridScenes(grid_pairs(n_pairs), (224,), **{"px": 16, "background": "black", **kwargs})
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    "A folder of training pictures, a benchmark and a file of IDs."
+    root = tmp_path_factory.mktemp("finetune")
+    drawn = scenes()
+    picked = [drawn[i] for k in range(6) for i in range(240 * k, 240 * k + 30)]
+    ft.write_pictures(root / "train", picked)
+    random_ids().save(root / "ids.safetensors")
+    return dict(pictures=root / "train", benchmark=write_benchmark(root / "bench", 12, px=32), ids=root / "ids.safetensors")
+
+
+@pytest.fixture
+def llava(): return VLM(*tiny_llava(dtype=torch.float64), "tiny")
+
+
+def group(vlm, kind="left_right", word="object", start=0, micro=None, source=None):
+    source = source or scenes()
+    one = [source[i] for i in range(start, start + 15)]
+    n = micro or 15
+    return [teach(vlm, [question(s, kind, word) for s in one[k:k + n]], [s.b_cell for s in one[k:k + n]], word) for k in range(0, 15, n)]
+
+
+# --- the loss
+
+def test_the_loss_is_its_formula():
+    ids, g = random_ids(), np.random.default_rng(1)
+    rows, places = g.normal(size=(6, 32)), np.array([(0, 0), (1, 0), (3, 3), (1.5, 2), (2.25, .5), (0, 3)])
+    grid = ids.table[0, 1, 1].astype(np.float64) # layer 2, size 224
+    def bilinear(x, y):
+        x0, y0 = min(int(x), 2), min(int(y), 2)
+        return sum((1 - abs(x - u)) * (1 - abs(y - v)) * grid[v, u] for u in (x0, x0 + 1) for v in (y0, y0 + 1))
+    centred = rows - rows.mean(0)
+    cosines = [c @ (t := bilinear(*p)) / np.linalg.norm(c) / np.linalg.norm(t) for c, p in zip(centred, places)]
+    loss = SpatialIDLoss(ids, 2)
+    assert abs(float(loss(torch.tensor(rows), places)) - (1 - np.mean(cosines))) < 1e-12
+    assert torch.allclose(loss(torch.tensor(rows) * 5 + 3, places), loss(torch.tensor(rows), places)), "neither the word nor the length of the rows matters"
+    assert loss(torch.tensor(rows).bfloat16(), places).dtype == torch.float32
+    with pytest.raises(ValueError, match="no layer 9: they have 1, 2, 3, 4"): SpatialIDLoss(ids, 9)
+
+
+def test_wrong_places_are_all_wrong_and_the_same_ids():
+    ids = random_ids()
+    true, grids = SpatialIDLoss(ids, 1).grid.flatten(0, 1), [SpatialIDLoss(ids, 1, permuted=s).grid.flatten(0, 1) for s in range(5)]
+    for grid in grids:
+        assert not (grid == true).all(1).any() and torch.equal(grid.sum(1).sort().values, true.sum(1).sort().values)
+    assert not torch.equal(grids[0], grids[1]) and torch.equal(grids[2], SpatialIDLoss(ids, 1, permuted=2).grid.flatten(0, 1))
+
+
+# --- groups
+
+def test_a_question_has_the_answer_of_its_picture():
+    for i in range(0, 240, 7):
+        s = scenes()[i]
+        for word in ("object", "subject"):
+            for kind, axis, low, high in (("left_right", 0, "left", "right"), ("above_below", 1, "above", "below")):
+                q = question(s, kind, word)
+                assert q.words[word] == s.b
+                here, there = (s.b_cell, s.a_cell) if word == "subject" else (s.a_cell, s.b_cell)
+                assert q.truth == (None if here[axis] == there[axis] else low if here[axis] < there[axis] else high)
+
+
+def test_samplers():
+    p = Pictures.of(scenes())
+    for i in range(4):
+        items = sampled(p, "balanced", i, 0)
+        assert {k for _, k in items} == {("left_right", "above_below")[i % 2]} and len({s.b_cell for s, _ in items}) == 15 and len({(s.a, s.a_cell, s.b) for s, _ in items}) == 1
+    first, second = sampled(p, "released", 0, 0), sampled(p, "released", 1, 0)
+    both = [(s.b_cell, k) for s, k in first + second]
+    assert (len(first), len(second)) == (15, 9) and len({*both}) == 24 and len({(s.a, s.a_cell, s.b) for s, _ in first + second}) == 1
+    assert len({k for _, k in first}) == 2
+    mixed = sampled(p, "shuffled", 0, 0)
+    assert len(mixed) == 15 and len({(s.a, s.a_cell, s.b) for s, _ in mixed}) > 8 and all(question(s, k).truth for s, k in mixed)
+    key = lambda items: [(s.index, k) for s, k in items]
+    for sampler in ft.SAMPLERS:
+        assert key(sampled(p, sampler, 2, 3)) == key(sampled(p, sampler, 2, 3)) and key(sampled(p, sampler, 2, 3)) != key(sampled(p, sampler, 2, 4))
+    with pytest.raises(ValueError, match="balanced, released, shuffled"): sampled(p, "other", 0, 0)
+
+
+def test_pictures_in_a_folder_are_what_was_drawn(folders):
+    drawn, stored = scenes(), ft.read_pictures(folders["pictures"])
+    by_name = {(s.a, s.a_cell, s.b, s.b_cell): s for s in stored}
+    assert len(by_name) == len(stored) == 180
+    for i in (0, 29, 240, 1229):
+        s = drawn[i]
+        assert by_name[s.a, s.a_cell, s.b, s.b_cell].image().tobytes() == s.image().tobytes()
+    p = Pictures.of(folders["pictures"])
+    assert len(p.series) == 12 and {len(s) for s in p.series} == {15}
+    train, held = p.split()
+    pairs = lambda p: {frozenset((p.scenes[s[0]].a, p.scenes[s[0]].b)) for s in p.series}
+    assert not pairs(train) & pairs(held) and len(train.series) + len(held.series) == 12 and held.series
+    generated = Pictures.of(drawn)
+    assert [list(s) for s in generated.series] == [list(s) for s in Pictures(drawn).series], "a grid is cut into series without looking at it"
+
+
+def test_wrong_folders(tmp_path, folders):
+    with pytest.raises(FileNotFoundError, match="no folder"): ft.read_pictures(tmp_path / "none")
+    with pytest.raises(FileNotFoundError, match="holds no .png"): ft.read_pictures(tmp_path)
+    Image.new("RGB", (4, 4)).save(tmp_path / "dog_1_cat.png")
+    with pytest.raises(ValueError, match="cannot read the file name 'dog_1_cat.png'.*dog_0-1_cake_3-2.png"): ft.read_pictures(tmp_path)
+    (tmp_path / "dog_1_cat.png").rename(tmp_path / "dog_0-1_cat_2-2.png")
+    with pytest.raises(ValueError, match="no object is shown in two places"): Pictures.of(tmp_path)
+    Image.new("RGB", (4, 4)).save(tmp_path / "dog_0-1_cat_5-2.png")
+    with pytest.raises(ValueError, match="one pair of objects only .cat and dog."): Pictures.of(tmp_path).split()
+    with pytest.raises(ValueError, match="'dog_0-1_cat_5-2.png' names a cell outside the 4 × 4"): finetune(VLM(*tiny_llava(), "tiny"), tmp_path, folders["benchmark"], random_ids(), None, SMALL)
+
+
+# --- what a model is taught, in every family
+
+def alone(vlm, query, word, layer):
+    "Cross-entropy of the answer and the row of the word, one question at a time, without padding: the answer's tokens appended by hand."
+    batch = vlm.encode([query])
+    prompt = batch["input_ids"]
+    answer = torch.tensor([ft.answer_ids(vlm, query)])
+    batch["input_ids"], n = torch.cat([prompt, answer], 1), answer.shape[1]
+    batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    for key in ("token_type_ids", "mm_token_type_ids"):
+        if key in batch: batch[key] = torch.cat([batch[key], torch.zeros_like(answer)], 1)
+    if "cross_attention_mask" in batch: batch["cross_attention_mask"] = torch.cat([batch["cross_attention_mask"]] + [batch["cross_attention_mask"][:, -1:]] * n, 1)
+    if vlm.family.mrope: batch["position_ids"] = vlm.model.model.get_rope_index(**{k: v for k, v in batch.items() if k != "position_ids"})[0]
+    batch = {k: v.to(vlm.model.dtype) if torch.is_tensor(v) and v.is_floating_point() else v for k, v in batch.items()}
+    with torch.no_grad(): logits = vlm.model(**batch, use_cache=False).logits[0, -n - 1:-1]
+    return float(-logits.log_softmax(-1)[torch.arange(n), answer[0]].sum()), vlm.run(query, layer, word).residual(layer)[0, 0]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_both_ingredients_in_every_family(family):
+    vlm = VLM(*tiny(family, dtype=torch.float64), "tiny")
+    picked, layer = [scenes()[i] for i in (0, 3, 250, 2)], 2 # other objects, so prompts of other lengths; the last has no answer
+    for word in ("object", "subject"):
+        queries = [question(s, "left_right" if k % 2 == 0 else "above_below", word) for k, s in enumerate(picked)]
+        truths = [q.truth for q in queries]
+        batch = teach(vlm, queries, [s.b_cell for s in picked], word)
+        assert [bool((labels != -100).any()) for labels in batch["labels"]] == [t is not None for t in truths] and None in truths
+        with torch.no_grad(): ce, rows = ft.answer_loss(vlm, batch, layer)
+        wanted = [alone(vlm, replace(q, truth=q.truth or q.answers[0]), word, layer) for q in queries]
+        assert torch.allclose(rows, torch.stack([r for _, r in wanted]), atol=1e-9)
+        assert abs(ce.item() - sum(c for (c, _), t in zip(wanted, truths) if t)) < 1e-6
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_right_weights_learn(family):
+    vlm = VLM(*tiny(family), "tiny")
+    blocks, learns = ft.vision_blocks(vlm), unfreeze(vlm, 1)
+    group_loss(vlm, SpatialIDLoss(random_ids(), 2), group(vlm), backward=1.)
+    last = list(blocks)[-1]
+    assert learns and all(k.startswith(f"{last}.mlp.") for k in learns) and any(k.endswith(".weight") for k in learns)
+    for name, p in vlm.model.named_parameters():
+        assert (p.grad is not None and bool(p.grad.any())) == (name in learns), name
+    with pytest.raises(ValueError, match=f"uses {len(blocks)} vision blocks: give 1 to {len(blocks)}"): unfreeze(vlm, len(blocks) + 1)
+
+
+def test_a_model_without_vision_blocks_says_what_was_tried():
+    vlm = VLM(*tiny_llava(), "blind")
+    for block in vlm.model.model.vision_tower.encoder.layers: block.feed = block._modules.pop("mlp")
+    with pytest.raises(ValueError, match="blind has no vision blocks.*tried: model.vision_tower.encoder.layers"): unfreeze(vlm, 1)
+
+
+def test_the_answer_is_the_assistants_turn():
+    vlm = VLM.load("llava-tiny-early")
+    q = question(scenes(px=80)[0], "left_right")
+    assert vlm.tokenizer.decode(ft.answer_ids(vlm, q)) == f" {q.truth}</s>"
+
+
+# --- gradients
+
+def grads(vlm, loss, groups, share):
+    vlm.model.zero_grad()
+    said = [group_loss(vlm, loss, g, share) for g in groups]
+    return np.mean(said, 0), {k: p.grad.clone() for k, p in vlm.model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("kind", ["left_right", "above_below"])
+def test_a_group_in_pieces_is_the_group(llava, kind):
+    unfreeze(llava, 1)
+    loss = SpatialIDLoss(random_ids(), 2, weight=3.)
+    whole, wanted = grads(llava, loss, [group(llava, kind)], 1.)
+    ce, rows = ft.answer_loss(llava, (batch := group(llava, kind)[0]), 2) # the plain way
+    llava.model.zero_grad()
+    (ce / (batch["labels"] != -100).sum() + 3 * loss(rows, batch["places"])).backward()
+    for k, g in wanted.items(): assert torch.allclose(g, dict(llava.model.named_parameters())[k].grad, atol=1e-12)
+    for micro in (1, 4, 7):
+        pieces, found = grads(llava, loss, [group(llava, kind, micro=micro)], 1.)
+        assert np.allclose(pieces, whole, atol=1e-10) and all((found[k] - g).abs().max() < 1e-6 * g.abs().max() for k, g in wanted.items())
+    apart = sum(loss(rows[k:k + 5], batch["places"][k:k + 5]).item() for k in (0, 5, 10)) / 3
+    assert abs(apart - whole[1]) > 1e-3, "centring each piece by itself is another loss"
+
+
+def test_groups_are_averaged(llava):
+    unfreeze(llava, 1)
+    loss, groups = SpatialIDLoss(random_ids(), 2), [group(llava, start=15 * k) for k in range(3)]
+    each = [grads(llava, loss, [g], 1.) for g in groups]
+    said, found = grads(llava, loss, groups, 1 / 3)
+    assert np.allclose(said, np.mean([s for s, _ in each], 0))
+    for k, g in found.items(): assert (g - sum(e[k] for _, e in each) / 3).abs().max() < 1e-6 * g.abs().max() # the norms of Llama are float32
+
+
+def test_the_rate():
+    s = Settings(steps=100, lr=1., warmup=.03)
+    rates = [s.rate(i) for i in range(100)]
+    assert rates[:3] == [1 / 3, 2 / 3, 1.] and rates[3] == 1. and abs(rates[-1] - 1 / 97) < 1e-12 and all(a >= b for a, b in zip(rates[3:], rates[4:]))
+
+
+def test_the_trainer_does_the_same(tmp_path):
+    s = replace(SMALL, steps=3, groups=2, every=3, seed=1)
+    ours, theirs = (VLM(*tiny_llava(), "tiny") for _ in range(2))
+    pictures, ids = Pictures.of(scenes()), random_ids()
+    finetune(ours, pictures, write_benchmark(tmp_path / "b", 2, px=32), ids, None, s, progress=False)
+    args = TrainingArguments(str(tmp_path), per_device_train_batch_size=1, gradient_accumulation_steps=2, max_steps=3, max_grad_norm=s.clip, remove_unused_columns=False, report_to=[], use_cpu=True,
+                             save_strategy="no", disable_tqdm=True)
+    optimizer = torch.optim.AdamW(unfreeze(theirs, s.last_k).values(), lr=s.lr, weight_decay=s.weight_decay)
+    rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: s.rate(i) / s.lr)
+    class InOrder(ft.SpatialIDTrainer):
+        def _get_train_sampler(self, *args): return torch.utils.data.SequentialSampler(self.train_dataset)
+    first = dict(theirs.model.named_parameters())
+    before = {k: p.detach().clone() for k, p in first.items()}
+    trainer = InOrder(theirs, SpatialIDLoss(ids, s.layer), args, train_dataset=Groups(theirs, pictures.split()[0], s), optimizers=(optimizer, rate))
+    out = trainer.train()
+    wanted = dict(ours.model.named_parameters())
+    for k, p in theirs.model.named_parameters():
+        assert torch.allclose(p, wanted[k], atol=1e-5), k
+    assert any(not torch.equal(p, before[k]) for k, p in first.items()) and out.training_loss > 0
+    loss, found = trainer.compute_loss(theirs.model, Groups(theirs, pictures, s)[0][0], return_outputs=True)
+    assert found["rows"].shape == (15, 32) and loss.requires_grad
+
+
+# --- the entry point
+
+def test_the_loss_teaches_places(folders):
+    s = replace(SMALL, steps=60, every=30, lr=1e-2)
+    learnt, control = (finetune(VLM(*tiny_llava(seed=3), "tiny"), folders["pictures"], folders["benchmark"], random_ids(), None, replace(s, weight=w), progress=False) for w in (20., 0.))
+    assert learnt[0]["id_loss"] == control[0]["id_loss"] and learnt[0]["lm_loss"] == control[0]["lm_loss"], "the same pictures and weights to begin with"
+    assert learnt[-1]["training"][1] < learnt[0]["id_loss"] - .03 and learnt[-1]["training"][1] < control[-1]["training"][1] - .03
+    assert set(learnt[0]["accuracy"]) == {"left_right", "above_below", "all"} and len(learnt[0]["right"]) == 12
+
+
+def stored(folder, family="qwen2_vl"):
+    model, processor = tiny(family)
+    model.save_pretrained(folder); processor.save_pretrained(folder)
+    return folder
+
+
+ARGS = ["--last-k", "1", "--layer", "2", "--steps", "4", "--every", "2", "--held", "2", "--lr", "1e-3"]
+
+
+def test_qwen_through_the_command_line(tmp_path, folders, capsys):
+    model = stored(tmp_path / "qwen")
+    args = [str(model), str(folders["pictures"]), str(folders["benchmark"]), "--ids", str(folders["ids"]), "--out", str(tmp_path / "out"), *ARGS]
+    assert ft.main(args) == 0
+    said = capsys.readouterr().out.strip().splitlines()
+    assert [line.split()[1] for line in said[-3:]] == ["0", "2", "4"]
+    log = json.loads((tmp_path / "out/log.json").read_text())
+    again = VLM.load(str(tmp_path / "out/model"))
+    assert again.run(Benchmark(folders["benchmark"])[0].query()).logits.isfinite().all()
+    old, new = dict(VLM.load(str(model)).model.named_parameters()), dict(again.model.named_parameters())
+    assert {k for k in old if not torch.equal(old[k], new[k])} == set(unfreeze(again, 1))
+    assert ft.main(args) == 0 and json.loads((tmp_path / "out/log.json").read_text()) == log, "a finished run is not repeated"
+    assert ft.main([*args, "--weight", "2"]) == 1 and "other settings, pictures or weights" in capsys.readouterr().err
+
+
+def test_bad_input_is_one_sentence(tmp_path, folders, capsys):
+    model, good = str(stored(tmp_path / "qwen")), [str(folders["pictures"]), str(folders["benchmark"]), "--ids", str(folders["ids"]), "--out", str(tmp_path / "out")]
+    random_ids(width=48).save(tmp_path / "wide.safetensors")
+    for args, words in (([str(tmp_path / "no"), *good[1:], *ARGS], "no folder"), ([*good, *ARGS, "--layer", "9"], "no layer 9: layers are 1 to 4"), ([*good, *ARGS, "--ids", str(tmp_path / "wide.safetensors")], "are 48 wide, but qwen is 32 wide"),
+                        ([*good, *ARGS, "--ids", str(tmp_path / "none")], "extract first"), ([good[0], str(tmp_path), *good[2:], *ARGS], "holds no COCO-spatial"), ([*good, *ARGS, "--last-k", "7"], "uses 2 vision blocks")):
+        assert ft.main([model, *args]) == 1
+        said = capsys.readouterr().err.strip().splitlines()
+        assert words in said[-1] and said[-1].startswith("spatialid.finetune: ") and "Traceback" not in "".join(said), said
+
+
+def test_bfloat16_keeps_what_learns_in_float32(folders):
+    vlm = VLM(*tiny_llava(dtype=torch.bfloat16), "tiny")
+    log = finetune(vlm, folders["pictures"], folders["benchmark"], random_ids(), None, replace(SMALL, precision="bf16"), progress=False)
+    learns = unfreeze(vlm, 1)
+    assert all(p.dtype == torch.float32 for p in learns.values()) and vlm.model.lm_head.weight.dtype == torch.bfloat16
+    wide = finetune(VLM(*tiny_llava(), "tiny"), folders["pictures"], folders["benchmark"], random_ids(), None, SMALL, progress=False)
+    assert abs(log[0]["lm_loss"] - wide[0]["lm_loss"]) < .1 and abs(log[0]["id_loss"] - wide[0]["id_loss"]) < .05
+
+
+# --- killed, shared
+
+RUN = """
+import sys, torch; torch.set_num_threads(1); sys.path.insert(0, {here!r})
+from dataclasses import replace
+from test_finetune import SMALL, random_ids
+from tiny import tiny_llava
+from spatialid.finetune import finetune
+from spatialid.hooks import VLM
+finetune(VLM(*tiny_llava(), "tiny"), {pictures!r}, {benchmark!r}, random_ids(), {out!r}, replace(SMALL, steps=8, every=2, groups=2, lr=1e-2), progress=False)
+"""
+
+
+def start(out, folders, launcher=(), **env):
+    code = RUN.format(here=str(Path(__file__).parent), out=str(out), pictures=str(folders["pictures"]), benchmark=str(folders["benchmark"]))
+    script = Path(out).with_suffix(".py")
+    script.write_text(code)
+    return subprocess.Popen([*(launcher or [sys.executable]), str(script)], env=os.environ | env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def state(out): return json.loads((out / "log.json").read_text()), load_file(out / "checkpoint.safetensors")
+
+
+def test_a_killed_run_goes_on_bit_identically_and_two_processes_are_one(tmp_path, folders):
+    whole, cut, two = tmp_path / "whole", tmp_path / "cut", tmp_path / "two"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29571"]
+    p, first, shared = start(cut, folders), start(whole, folders), start(two, folders, torchrun, ACCELERATE_USE_CPU="true")
+    for _ in range(4000):
+        try: step = json.loads((cut / "log.json").read_text())[-1]["step"]
+        except FileNotFoundError: step = -1
+        if step >= 2: break
+        time.sleep(.01)
+    p.send_signal(signal.SIGKILL); p.wait()
+    assert 2 <= state(cut)[0][-1]["step"] < 8, "killed too late to test anything"
+    assert first.wait(200) == 0 and start(cut, folders).wait(200) == 0
+    (a_log, a), (b_log, b) = state(whole), state(cut)
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a) and any(k.startswith("exp_avg.") for k in a)
+    assert [e["right"] for e in a_log] == [e["right"] for e in b_log] and a_log[-1]["lm_loss"] == b_log[-1]["lm_loss"]
+    assert shared.wait(300) == 0
+    two_log, c = state(two)
+    for one, other in zip(a_log, two_log):
+        assert one["step"] == other["step"] and one["right"] == other["right"]
+        assert all(abs(one[k] - other[k]) < 1e-5 for k in ("lm_loss", "id_loss"))
+        assert one["training"] is None or np.allclose(one["training"], other["training"], atol=1e-5)
+    assert all(torch.allclose(a[k], c[k], atol=1e-5) for k in a)
+
+
+# --- arms and statistics
+
+def test_arms_start_from_the_same_weights_and_a_second_call_goes_on(tmp_path, folders):
+    model = stored(tmp_path / "llava", "llava")
+    s = replace(SMALL, steps=2, every=2, lr=1e-2)
+    arms = {"no loss": replace(s, weight=0.), "spatial loss": s, "again": s}
+    args = str(model), arms, 5, dict(pairs=grid_pairs(6), sizes=(224,), px=16, background="black"), folders["benchmark"], folders["ids"], tmp_path / "runs"
+    logs = ft.run_seed(*args)
+    assert logs["spatial loss"] == logs["again"] and logs["no loss"][0] == logs["spatial loss"][0] | {"training": None}
+    assert logs["no loss"][-1]["id_loss"] != logs["spatial loss"][-1]["id_loss"]
+    weights = tmp_path / "runs/spatial-loss/5/checkpoint.safetensors"
+    written = weights.stat().st_mtime_ns
+    assert ft.run_seeds([5], *args[:2], *args[3:], processes=2) == [logs] and weights.stat().st_mtime_ns == written, "a finished run is read, not repeated"
+    found = ft.gathered([logs, logs], [5, 6])["spatial loss"]
+    assert found["seeds"] == [5, 6] and found["steps"] == [0, 2] and np.shape(found["all"]) == (2, 2) and len(found["right"][0]) == 12
+    assert abs(ft.bits(found)[0].mean() - found["all"][0][-1]) < 1e-12
+
+
+def test_held_out_pairs(folders):
+    rows = Benchmark(folders["benchmark"])
+    names = sorted({n for r in rows for n in (r.subject, r.object)})
+    free = ft.unasked(rows, names)
+    asked = {(r.subject, r.object) for r in rows}
+    assert free and all((a, b) not in asked and (b, a) not in asked for a, b in free) and len(free) == len(names) * (len(names) - 1) - 2 * len({frozenset(p) for p in asked})
+
+
+def test_statistics():
+    g = np.random.default_rng(0)
+    one = ft.over_seeds([1., 2., 3.])
+    assert one["value"] == 2 and abs(one["high"] - 2 - 4.302652729911275 / 3**.5) < 1e-9 and one["n"] == 3
+    with pytest.raises(ValueError, match="at least two"): ft.over_seeds([1.])
+    assert ft.sign_flips([1, 1, 1, 1]) == 2 / 16 and ft.sign_flips([1, -1, 1, -1]) == 1.
+    covered, S, R = 0, 6, 60
+    for i in range(200): # effects of seeds and of rows around a mean of .1
+        d = .1 + .1 * g.normal(size=(S, 1)) + .5 * g.normal(size=(1, R)) + .3 * g.normal(size=(S, R))
+        found = ft.crossed(d, n=300)
+        covered += found["low"] <= .1 <= found["high"]
+    assert .88 <= covered / 200 <= 1, covered
+    a, b = ({"right": r} for r in (["1110", "1111"], ["1100", "1101"]))
+    d = ft.compared(a, b)
+    assert d["both"]["value"] == d["seeds"]["value"] == d["rows"]["value"] == .25 and ft.compared(a, b, np.array([True, True, False, False]))["both"]["value"] == 0
