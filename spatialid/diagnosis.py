@@ -12,7 +12,7 @@ __all__ = ['BOTH', 'RADIUS', 'STAGES', 'TOLERANCE', 'WAYS', 'DOSES', 'Cases', 'c
            'correcting', 'words_alone', 'paired', 'injected', 'word_vectors', 'matched_places', 'attended_places',
            'place_from_ids', 'exchanged', 'own_places', 'choose_repair', 'repaired', 'recorded', 'released_centre']
 
-# %% ../nbs/06_diagnosis.ipynb #29837e15
+# %% ../nbs/06_diagnosis.ipynb #31c4ea55
 import json
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -31,7 +31,7 @@ from .results import bootstrap, rng, write_json
 from .steering import TEMPLATES, at_place, gaussian, moves, pushing, scaled
 from .sweeps import Resumed, add, attention, sweep
 
-# %% ../nbs/06_diagnosis.ipynb #d6388b9f
+# %% ../nbs/06_diagnosis.ipynb #b9587690
 BOTH = ("subject", "object")
 
 @dataclass
@@ -54,7 +54,7 @@ class Cases:
     @property
     def sign(self): return np.array([1 if q.truth in ("right", "below") else -1 for q in self.queries]) # of subject less object
 
-# %% ../nbs/06_diagnosis.ipynb #d805321b
+# %% ../nbs/06_diagnosis.ipynb #7fbb010a
 def cases(
     benchmark:Benchmark,
     n:int|None=None, # at most so many (None: all)
@@ -81,7 +81,7 @@ def cases(
                                    f"{' and names without those left out' if without else ''}: check the annotations")
     return Cases([q for q, _ in found], np.array(boxes), [r for _, r in found], dropped)
 
-# %% ../nbs/06_diagnosis.ipynb #1906e129
+# %% ../nbs/06_diagnosis.ipynb #290ece27
 def cell_of(
     place, # (..., 2) fractions of the picture
     m:int=4,
@@ -104,7 +104,7 @@ def released_ids(
             out = out + (kept * wx[..., 0] * wy[..., 1])[..., None] * np.asarray(grid)[cy[..., 1], cx[..., 0]]
     return out
 
-# %% ../nbs/06_diagnosis.ipynb #f6b20b46
+# %% ../nbs/06_diagnosis.ipynb #d48a871d
 @dataclass
 class Readings:
     "Coordinates on the axes of the IDs at L layers, for B questions: arrays (L, B, 2 words, 2 axes)."
@@ -138,7 +138,7 @@ def read_ids(
     return Readings(layers, {k: np.array(v) for k, v in extracted.items()}, np.array(true), seen.log_probs.double().numpy(),
                     np.array([b == q.truth for b, q in zip(seen.beliefs, asked.queries)]), ~np.array(said))
 
-# %% ../nbs/06_diagnosis.ipynb #cfd64ae7
+# %% ../nbs/06_diagnosis.ipynb #74a148b8
 def towards_truth(
     coordinates:np.ndarray, # (..., B, 2 words, 2 axes)
     asked:Cases,
@@ -159,7 +159,7 @@ def margins(
         return v / np.maximum(size, np.finfo(float).tiny)[asked.axis]
     return {"raw": ext - gt, "standardised": unit(ext) - unit(gt), "opposed": (ext < 0).astype(float)}
 
-# %% ../nbs/06_diagnosis.ipynb #793aae3f
+# %% ../nbs/06_diagnosis.ipynb #ced7d39e
 def rank_biserial(
     values:np.ndarray, # (B,)
     right:np.ndarray, # (B,) bool
@@ -185,7 +185,7 @@ def compare(
     effect = bootstrap(np.column_stack([values, right]), lambda v: rank_biserial(v[:, 0], v[:, 1] > 0), seed=seed)
     return {"effect": effect, "p": p["two-sided"], "p_right_larger": p["greater"], "p_wrong_larger": p["less"], **sizes}
 
-# %% ../nbs/06_diagnosis.ipynb #5ad1c8d4
+# %% ../nbs/06_diagnosis.ipynb #311336d3
 def pixels(box, size) -> tuple: # left, top, width, height
     "A box in fractions of a picture as whole pixels that cover it."
     w, h = size
@@ -221,7 +221,7 @@ def blurred(image, box, radius:float):
     out.paste(image.crop((l, t, l + w, t + h)).filter(ImageFilter.GaussianBlur(radius)), (l, t))
     return out
 
-# %% ../nbs/06_diagnosis.ipynb #0f242bf1
+# %% ../nbs/06_diagnosis.ipynb #6c6201ba
 RADIUS = 20 / 640 # of the longer side: the paper's 20 pixels in a COCO picture
 
 def masked_queries(
@@ -249,7 +249,7 @@ def mask_log_probs(vlm:VLM, asked:Cases, n:int=10, radius:float=RADIUS, seed:int
     if not kept: raise ValueError(f"in none of the {len(asked)} pictures do {n} boxes of the subject's size fit beside the two objects: ask for fewer boxes (n_masks)")
     return np.array(kept), torch.cat(out).double().numpy()
 
-# %% ../nbs/06_diagnosis.ipynb #12acace3
+# %% ../nbs/06_diagnosis.ipynb #e0044956
 def sensitivities(
     masked:np.ndarray, # (K, 1 + n) log-probabilities of one answer; the first with the subject blurred
 ) -> dict: # {"prob min", "prob mean", "prob z", "log_prob min", ...}: (K,)
@@ -261,7 +261,7 @@ def sensitivities(
         out |= {f"{name} min": others.min(1) - own, f"{name} mean": others.mean(1) - own, f"{name} z": (others.mean(1) - own) / spread}
     return out
 
-# %% ../nbs/06_diagnosis.ipynb #978e190c
+# %% ../nbs/06_diagnosis.ipynb #65731f1a
 @contextmanager
 def image_tokens(vlm:VLM):
     "Inside, the rows of the image tokens that the first block receives are appended to the list given, (P, d) for each query. ValueError where there are none."
@@ -283,7 +283,7 @@ def token_places(n:int) -> np.ndarray: # (n, 2) fractions of the picture
     y, x = np.divmod(np.arange(n), side)
     return (np.stack([x, y], 1) + 0.5) / side
 
-# %% ../nbs/06_diagnosis.ipynb #8b9bb07d
+# %% ../nbs/06_diagnosis.ipynb #c0efa765
 def things_in(row) -> list: # [(name, (left, top, width, height) in pixels), ...]
     "All annotated objects in the picture of a row, large ones first."
     coco = row.source.coco
@@ -299,7 +299,7 @@ def token_labels(asked:Cases, n_tokens:int) -> np.ndarray: # (B, P) of str, "" f
         for name, (l, t, w, h) in things_in(row): labels[i, ((xy >= (l, t)) & (xy < (l + w, t + h))).all(1)] = name
     return labels
 
-# %% ../nbs/06_diagnosis.ipynb #bdab6d2e
+# %% ../nbs/06_diagnosis.ipynb #74ac0968
 def linear_scores(
     tokens:np.ndarray, # (N, d) to fit on
     labels:np.ndarray, # (N,) of str
@@ -335,7 +335,7 @@ def locate_in_tokens(
                     out[i, w] = places[p >= 0.5 * p.max()].mean(0)
     return out
 
-# %% ../nbs/06_diagnosis.ipynb #a9c4c10e
+# %% ../nbs/06_diagnosis.ipynb #f990b3f1
 STAGES = ("vision", "binding", "readout")
 
 def probed(
@@ -374,8 +374,8 @@ def evidence(
     return {"vision": answered(locate_in_tokens(torch.stack(tokens).numpy(), asked), asked), "binding": answered(probed(rows @ plane.T, asked.centres), asked),
             "answer": (seen.log_probs.numpy().argmax(1) == truth).astype(float), "repaired": (repaired.numpy().argmax(1) == truth).astype(float)}
 
-# %% ../nbs/06_diagnosis.ipynb #82d33599
-TOLERANCE = {"vision": 0.3, "binding": 0.2, "readout": 0.1} # log-loss; from `calibrated` on the calibration lesions of llava-tiny (notebook 06)
+# %% ../nbs/06_diagnosis.ipynb #273e4e66
+TOLERANCE = {"vision": 0.1, "binding": 0.0, "readout": 0.0} # log-loss; `calibrated` gives these on the calibration lesions of llava-tiny and of llava-tiny-early (notebook 06)
 
 def losses(
     shares:np.ndarray, # (..., 3) share of questions answered rightly from image tokens, from words, by the model
@@ -398,7 +398,7 @@ def decide(loss:np.ndarray, tolerance:dict=TOLERANCE, sure:float=0.9) -> tuple: 
     strength = float(((excess[1:].argmax(1) == top) & (excess[1:, top] > 0)).mean()) if excess[0, top] > 0 else 0.0
     return (STAGES[top] if strength >= sure else "undetermined"), strength
 
-# %% ../nbs/06_diagnosis.ipynb #53a8aa82
+# %% ../nbs/06_diagnosis.ipynb #61dc2e95
 def diagnose(
     vlm:VLM,
     benchmark, # a `Benchmark`, or `Cases` from it
@@ -424,7 +424,7 @@ def diagnose(
     return {"stage": stage, "strength": strength, "why": why, "skills": skill, "repaired": repair, "n": int(which.sum()),
             "losses": {s: {"value": float(drawn[0, k]), "low": float(spread[0, k]), "high": float(spread[1, k]), "n": int(which.sum())} for k, s in enumerate(STAGES)}}
 
-# %% ../nbs/06_diagnosis.ipynb #51baace2
+# %% ../nbs/06_diagnosis.ipynb #dfebaea5
 @contextmanager
 def damaged(
     vlm:VLM,
@@ -454,7 +454,7 @@ def stage_weights(vlm:VLM, stage:str, layer:int) -> list: # names of matrices
     if stage == "readout": return [n for n, i in blocks.items() if i >= layer]
     raise ValueError(f"no stage '{stage}': there are {', '.join(STAGES)}")
 
-# %% ../nbs/06_diagnosis.ipynb #f2d0fdb7
+# %% ../nbs/06_diagnosis.ipynb #48f04b25
 @contextmanager
 def shielded(
     vlm:VLM,
@@ -485,7 +485,7 @@ def shielded(
     finally:
         for hook in hooks: hook.remove()
 
-# %% ../nbs/06_diagnosis.ipynb #eb9a384b
+# %% ../nbs/06_diagnosis.ipynb #7c1a02dd
 def lesion(vlm:VLM, how:str, strength:float, seed:int, layer:int): # a context
     "Damage of one kind: vision, binding, shield or readout."
     if how == "shield": return shielded(vlm, strength, seed)
@@ -517,7 +517,7 @@ def with_losses(found:list, least:float=0.1, seed:int=0) -> list: # of the dicts
     of = [(one, unpacked(one["evidence"])) for one in found]
     return [one | {"loss": resampled_losses(v, seed=seed), "shares": {k: float(x.mean()) for k, x in v.items()}, "counts": one["how"] is None or bool(intact - v["answer"].mean() >= least)} for one, v in of]
 
-# %% ../nbs/06_diagnosis.ipynb #65aa997c
+# %% ../nbs/06_diagnosis.ipynb #345bfe80
 def calibrated(
     found:list, # of dicts with `truth` and `loss`
     grid=(0.0, 0.05, 0.1, 0.2, 0.3, 0.5), # log-losses tried
@@ -542,27 +542,27 @@ def judged(
     return {"n": len(hurt), "accuracy": bootstrap([float(a == b) for a, b in hurt], seed=seed), "confusion": confusion, "chance": {"one of three": 1 / 3, "always the commonest": largest},
             "named": {"n": len(named), "right": float(np.mean(named)) if named else None}, "undetermined": sum(b == "undetermined" for _, b in hurt) / len(hurt)}
 
-# %% ../nbs/06_diagnosis.ipynb #c655a3ae
+# %% ../nbs/06_diagnosis.ipynb #4908b591
 def looks(
     vlm:VLM,
-    queries:list, # of one length
+    queries:list,
     layers=None, # 1 to N (None: all): attention of the block that ends there
     batch_size:int=32,
 ) -> torch.Tensor: # (B, L, heads, 2 words, P image tokens)
-    "Attention from subject and object to the image tokens."
-    layers, out = vlm.check_layers(layers) or list(range(1, vlm.n_layers + 1)), []
-    for start in range(0, len(queries), batch_size):
-        some = queries[start:start + batch_size]
-        batch, B = vlm.encode(some), len(some)
-        pad = (batch["attention_mask"] == 0).sum(1).tolist()
-        where = lambda group: torch.tensor([[p + r for r in vlm._rows(q, group, ids[p:])] for q, ids, p in zip(some, batch["input_ids"], pad)])
-        words, image = where(BOTH), where("image")
-        with torch.inference_mode(), attention(vlm, "eager"): found = vlm.model(**batch.to(vlm.device, vlm.model.dtype), output_attentions=True, use_cache=False).attentions
-        b = torch.arange(B)
-        out.append(torch.stack([found[l - 1][b[:, None, None], :, words[:, :, None], image[:, None]] for l in layers], 1).permute(0, 1, 4, 2, 3).float().cpu())
-    return torch.cat(out)
+    "Attention from subject and object to the image tokens. Prompts of one length together: padded rows see nothing, and eager attention makes them not-a-number."
+    layers, out = vlm.check_layers(layers) or list(range(1, vlm.n_layers + 1)), [None] * len(queries)
+    lengths = [len(vlm.layout(q).tail) for q in queries]
+    for n in sorted(set(lengths)):
+        same = [i for i, l in enumerate(lengths) if l == n]
+        for which in (same[k:k + batch_size] for k in range(0, len(same), batch_size)):
+            batch = vlm.encode([queries[i] for i in which])
+            with torch.inference_mode(), attention(vlm, "eager"): found = vlm.model(**batch.to(vlm.device, vlm.model.dtype), output_attentions=True, use_cache=False).attentions
+            for b, i in enumerate(which):
+                words, image = (vlm._rows(queries[i], group, batch["input_ids"][b].cpu()) for group in (BOTH, "image"))
+                out[i] = torch.stack([found[l - 1][b][:, words][:, :, image] for l in layers]).float().cpu()
+    return torch.stack(out)
 
-# %% ../nbs/06_diagnosis.ipynb #2e7ba4fd
+# %% ../nbs/06_diagnosis.ipynb #5cb29595
 def correcting(
     ids:SpatialIDs,
     alone:dict, # {layer: (B, 2, d)} the words without a picture
@@ -597,7 +597,7 @@ def paired(before, after, seed:int=0) -> dict: # gain {value, low, high, n}, gai
     p = float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
     return {"gain": bootstrap(after.astype(float) - before, seed=seed), "gained": gained, "lost": lost, "p": p}
 
-# %% ../nbs/06_diagnosis.ipynb #34a76795
+# %% ../nbs/06_diagnosis.ipynb #8fb6784b
 def injected(
     vlm:VLM,
     ids:SpatialIDs,
@@ -616,7 +616,7 @@ def injected(
     s = sweep(vlm, asked.queries, edits=edits)
     return {name: (s.log_probs[name].argmax(-1).numpy() == s.truth) for name in edits}, s.base_log_probs.argmax(-1).numpy() == s.truth
 
-# %% ../nbs/06_diagnosis.ipynb #29d21218
+# %% ../nbs/06_diagnosis.ipynb #93be3dc5
 def word_vectors(vlm:VLM, queries:list) -> torch.Tensor: # (B, 2, d)
     "Mean input embedding of the sub-tokens of subject and object."
     table, out = vlm.model.get_input_embeddings().weight.detach().float().cpu(), []
@@ -649,7 +649,7 @@ def place_from_ids(ids:SpatialIDs, coordinates:np.ndarray, layer:int) -> np.ndar
     fit = np.linalg.lstsq(design, (np.stack([x, y], 1) + 0.5) / m, rcond=None)[0]
     return np.clip(np.asarray(coordinates) @ fit[:2] + fit[2], 0, 1)
 
-# %% ../nbs/06_diagnosis.ipynb #4685e54a
+# %% ../nbs/06_diagnosis.ipynb #90ff5acd
 def exchanged(q:Query) -> Query:
     "The same question about the object instead of the subject; its truth is the other answer."
     other = {a: b for a, b in zip(q.answers, q.answers[::-1])}
@@ -690,7 +690,7 @@ def repaired(vlm, ids, asked:Cases, places, dose:str, layer:int, seed:int=0) -> 
     right = {name: s.log_probs[name][0].argmax(-1).numpy() == s.truth for name in ("after", "noise")}
     return {"before": s.base_log_probs.argmax(-1).numpy() == s.truth, **right, "read off": answered(places, asked)}
 
-# %% ../nbs/06_diagnosis.ipynb #49ee225c
+# %% ../nbs/06_diagnosis.ipynb #2453aa47
 def recorded(
     path, # JSON file
     stamp:dict, # what the numbers depend on
