@@ -13,7 +13,7 @@ import json
 import math
 import os
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import permutations
 from pathlib import Path
@@ -354,7 +354,8 @@ class Scene:
         boxes = {}
         for o in self.things:
             if present is None or o.name in present:
-                boxes[o.name] = paste(canvas, s.objects.sprite(o.name, max(2, round(o.size * s.px)), o.colour), o.x * s.px, o.y * s.px)
+                alpha, rgb = s.objects.sprite(o.name, max(2, round(o.size * s.px)), o.colour)
+                boxes[o.name] = paste(canvas, (s.contrast * alpha, rgb), o.x * s.px, o.y * s.px)
         return canvas, boxes
 
     def image(self) -> Image.Image:
@@ -439,7 +440,11 @@ class FreeScenes:
                  things:tuple=(2, 5), # fewest and most objects
                  background:str|Path="noise", # "noise" (sky and ground), "black" or a folder of photographs
                  objects:str|Path|None=None, # folder of RGBA renders; None for the glyphs
-                 flat:bool=False): # depth and height independent of each other
+                 flat:bool=False, # depth and height independent of each other
+                 size:float=1.0, # factor of the objects' size, 0 to 1: harder to see
+                 contrast:float=1.0): # opacity of the objects, 0 to 1: harder to see
+        if not (0 < size <= 1 and 0 < contrast <= 1): raise ValueError(f"size and contrast are factors above 0 and up to 1, not {size} and {contrast}")
+        self.size, self.contrast = size, contrast
         self.n, self.seed, self.px, self.background, self.objects, self.flat = n, seed, px, background, Objects(objects), flat
         if not 1 <= things[0] <= things[1] <= len(self.objects.names):
             raise ValueError(f"things must be (fewest, most) with 1 ≤ fewest ≤ most ≤ {len(self.objects.names)}, not {things}")
@@ -451,7 +456,7 @@ class FreeScenes:
         names = [self.objects.names[k] for k in g.choice(len(self.objects.names), g.integers(self.things[0], self.things[1] + 1), replace=False)]
         colours = [None if self.objects.folder else list(COLOURS)[k] for k in g.integers(len(COLOURS), size=len(names))]
         horizon, things = _layout(g, names, colours, self.flat)
-        return Scene(tuple(things), horizon, i, self)
+        return Scene(tuple(replace(o, size=self.size * o.size) for o in things), horizon, i, self)
 
 # %% ../nbs/01_data.ipynb #17f06498
 _CAPTION = re.compile(r"^a photo of an? (?P<s>.+?) (?:to the (?P<lr>left|right) of|(?P<ab>above|below)) an? (?P<o>.+?)\.?$", re.I)
@@ -465,7 +470,7 @@ def write_benchmark(folder:str|Path, # made if needed
                     n:int=440, # rows, as many as COCO-spatial has
                     seed:int=1,
                     px:int=80, # side of the images
-                    **kwargs, # further arguments of FreeScenes: things, background, objects
+                    **kwargs, # further arguments of FreeScenes: things, background, objects, size, contrast
                     ) -> Path: # the folder
     "Write `coco_qa_two_obj.json`, `instances_val2017.json` and the images from free scenes."
     folder, rows, images, boxes = Path(folder), [], [], []
