@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['CELL_COLOURS', 'centred_ids', 'grid_axes', 'orthonormal', 'grid_design', 'grid_statistics', 'grid_null', 'around',
-           'resample', 'with_interval', 'SpatialIDs', 'spread_of', 'on_axes', 'read_safetensors', 'SceneIndex',
-           'index_scenes', 'new_state', 'add_batch', 'stamp_of', 'write_checkpoint', 'read_checkpoint', 'extract',
-           'finish', 'subsample', 'cell_colour', 'plot_ids']
+           'resample', 'with_interval', 'SpatialIDs', 'spread_of', 'on_axes', 'read_safetensors', 'stored_ids',
+           'SceneIndex', 'index_scenes', 'new_state', 'add_batch', 'stamp_of', 'write_checkpoint', 'read_checkpoint',
+           'extract', 'finish', 'subsample', 'cell_colour', 'plot_ids']
 
 # %% ../nbs/03_extraction.ipynb #7ba219ac
 import hashlib
@@ -23,7 +23,7 @@ from fastcore.basics import patch
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
-from .results import provenance as make_provenance, rng, write_bytes
+from .results import provenance as make_provenance, results_dir, rng, write_bytes
 
 # %% ../nbs/03_extraction.ipynb #83ab037e
 from .data import LEFT_RIGHT as TEMPLATE
@@ -317,6 +317,20 @@ def universal(self:SpatialIDs)->SpatialIDs:
     "The same IDs averaged over objects: smaller, without intervals or the IDs of single pairs."
     table = np.average(self.table, axis=0, weights=self.weights)[None].astype(self.table.dtype)
     return replace(self, table=table, counts=self.counts.sum(0)[None], objects=["all"], pair_ids=None, pair_layers=[])
+
+# %% ../nbs/03_extraction.ipynb #eff124bf
+def stored_ids(
+    vlm, # a `VLM`
+    model:str, # whose results: bundled name, local folder or Hub id
+)->SpatialIDs:
+    "The IDs that this notebook left in the results of a model. FileNotFoundError or ValueError where there are none, or those of other weights."
+    path = results_dir(model) / "spatial_ids.safetensors"
+    if not path.is_file():
+        raise FileNotFoundError(f"there are no spatial IDs of {model} at results/{path.parent.name}/{path.name}: run notebook 03 first (spatialid run 03 --model {model})")
+    ids = SpatialIDs.load(path)
+    if ids.provenance["weight_hash"] != vlm.weight_hash:
+        raise ValueError(f"the spatial IDs of {model} were extracted from other weights: run notebook 03 again (spatialid run 03 --model {model})")
+    return ids
 
 # %% ../nbs/03_extraction.ipynb #329ef447
 @dataclass

@@ -286,6 +286,30 @@ def test_damage_stays_in_its_stage(llava):
     with pytest.raises(ValueError, match="no stage 'sight'"): dg.stage_weights(llava, "sight", 2)
 
 
+def test_heads_switched_off_write_nothing(llava, asked):
+    before = {k: v.clone() for k, v in llava.model.named_parameters()}
+    size, off = llava.blocks[0].self_attn.head_dim, [(0, 1), (1, 0)]
+    def silence(block):
+        def hook(module, args):
+            x = args[0].clone()
+            for b, h in off:
+                if b == block: x[..., h * size:(h + 1) * size] = 0
+            return (x,)
+        return hook
+    hooks = [llava.blocks[b].self_attn.o_proj.register_forward_pre_hook(silence(b)) for b in (0, 1)]
+    try: silent = llava.run(asked.queries[:4]).logits
+    finally:
+        for h in hooks: h.remove()
+    plain = llava.run(asked.queries[:4]).logits
+    with dg.heads_off(llava, off): found = llava.run(asked.queries[:4]).logits
+    assert torch.allclose(found, silent, atol=1e-5) and not torch.allclose(found, plain, atol=1e-3)
+    assert all(torch.equal(v, before[k]) for k, v in llava.model.named_parameters())
+    order = dg.looking_heads(llava, asked.queries[:4], 2)
+    seen = dg.looks(llava, asked.queries[:4], [1, 2]).sum(-1).mean((0, 3))
+    assert len(set(order)) == len(order) == 2 * seen.shape[1] and order[0] == divmod(int(seen.argmax()), seen.shape[1])
+    assert [float(seen[b, h]) for b, h in order] == sorted(seen.flatten().tolist(), reverse=True)
+
+
 def test_hidden_image_tokens_are_not_seen(llava, asked):
     q, other = asked.queries[0], asked.queries[1].image
     short = replace(q, words={"subject": "cup", "object": "dog"})

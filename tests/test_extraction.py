@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from spatialid.extraction import (SpatialIDs, add_batch, extract, grid_axes, grid_design, grid_null, grid_statistics, index_scenes,
-                                  new_state, on_axes, orthonormal, subsample)
+                                  new_state, on_axes, orthonormal, stored_ids, subsample)
 from spatialid.hooks import VLM, Query
 from tiny import tiny_llava
 
@@ -295,6 +295,19 @@ def test_save_load_round_trip(tmp_path, vlm):
     small.save(tmp_path / "small.safetensors")
     assert np.allclose(SpatialIDs.load(tmp_path / "small.safetensors").ids, ids.ids, atol=1e-6)
     assert small.statistics(2)["r2"]["low"] is None and small.counts.sum() == 60
+
+
+def test_stored_ids_are_those_of_the_same_weights(tmp_path, monkeypatch, vlm):
+    monkeypatch.setenv("SPATIALID_RESULTS", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="run notebook 03 first .spatialid run 03 --model here/some."):
+        stored_ids(vlm, "here/some")
+    ids = extract(vlm, subsample(squares(PAIRS[:2], sizes=(224,)), 2), progress=False)
+    ids.save(tmp_path / "results" / "some" / "spatial_ids.safetensors")
+    assert np.array_equal(stored_ids(vlm, "here/some").table, ids.table)
+    ids.provenance["weight_hash"] = "0"
+    ids.save(tmp_path / "results" / "some" / "spatial_ids.safetensors")
+    with pytest.raises(ValueError, match="extracted from other weights: run notebook 03 again"):
+        stored_ids(vlm, "here/some")
 
 
 def test_bad_input_is_one_clear_sentence(tmp_path, vlm):
