@@ -226,6 +226,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'spatialid.extraction.SpatialIDs': ('extraction.html#spatialids', 'spatialid/extraction.py'),
                                       'spatialid.extraction.SpatialIDs.__post_init__': ( 'extraction.html#spatialids.__post_init__',
                                                                                          'spatialid/extraction.py'),
+                                      'spatialid.extraction.SpatialIDs.__repr__': ( 'extraction.html#spatialids.__repr__',
+                                                                                    'spatialid/extraction.py'),
                                       'spatialid.extraction.SpatialIDs.at': ('extraction.html#spatialids.at', 'spatialid/extraction.py'),
                                       'spatialid.extraction.SpatialIDs.axes': ( 'extraction.html#spatialids.axes',
                                                                                 'spatialid/extraction.py'),

@@ -146,7 +146,7 @@ def with_interval(
     return {name: around(values, len(weights)) for name, values in measure(*grams).items()}
 
 # %% ../nbs/03_extraction.ipynb #8ebfb4e9
-@dataclass
+@dataclass(repr=False)
 class SpatialIDs:
     "Spatial IDs of one model. `layer` is ℓ (after ℓ blocks), cells are (x, y), arrays are indexed [y, x], `size=None` means all sizes."
     table: np.ndarray  # (object, size, layer, y, x, d), the mean over the pairs of each object
@@ -164,6 +164,10 @@ class SpatialIDs:
     def __post_init__(self):
         names = [b for _, b in self.pairs]
         self.weights = np.array([names.count(b) or len(names) for b in self.objects], dtype=float)
+
+    def __repr__(self):
+        m, d = self.table.shape[-2:]
+        return f"SpatialIDs({self.provenance.get('model', 'unnamed')}: {m} × {m} cells of width {d}, layers {self.layers[0]} to {self.layers[-1]}, {len(self.objects)} objects, sizes {self.sizes}, {len(self.pairs)} pairs)"
 
     def sized(self, size=None)->np.ndarray:
         "The table (object, layer, y, x, d) of one size, or over sizes: their mean (released protocol: the largest)."
@@ -225,8 +229,10 @@ def step(
     to:tuple[int, int],
     layer:int|None=None, # all layers if not given
 )->np.ndarray: # (d,), or (layer, d)
-    "The vector that moves an object from one cell to another."
-    ids = self.ids if layer is None else self.at(layer)
+    "The vector that moves an object from one cell to another. ValueError for a cell that is not on the grid."
+    ids, m = self.ids if layer is None else self.at(layer), self.table.shape[3]
+    for cell in (frm, to):
+        if any(v not in range(m) for v in cell): raise ValueError(f"{tuple(cell)} is no cell: column and row are whole numbers from 0 to {m - 1} (for places between, steering.at_place)")
     return ids[..., to[1], to[0], :] - ids[..., frm[1], frm[0], :]
 
 # %% ../nbs/03_extraction.ipynb #b9543f24
@@ -323,13 +329,13 @@ def stored_ids(
     vlm, # a `VLM`
     model:str, # whose results: bundled name, local folder or Hub id
 )->SpatialIDs:
-    "The IDs that this notebook left in the results of a model. FileNotFoundError or ValueError where there are none, or those of other weights."
+    "The IDs that notebook 03 left in the results of a model. FileNotFoundError or ValueError where there are none, or those of other weights."
     path = results_dir(model) / "spatial_ids.safetensors"
     if not path.is_file():
-        raise FileNotFoundError(f"there are no spatial IDs of {model} at results/{path.parent.name}/{path.name}: run notebook 03 first (spatialid run 03 --model {model})")
+        raise FileNotFoundError(f"there are no spatial IDs of {model} at results/{path.parent.name}/{path.name}: run notebook 03 first (spatialid run 03 --model {model}), in the checkout or with SPATIALID_RESULTS set")
     ids = SpatialIDs.load(path)
     if ids.provenance["weight_hash"] != vlm.weight_hash:
-        raise ValueError(f"the spatial IDs of {model} were extracted from other weights: run notebook 03 again (spatialid run 03 --model {model})")
+        raise ValueError(f"the spatial IDs of {model} were extracted from other weights than those of {vlm.name}: load that model, or run notebook 03 again (spatialid run 03 --model {model})")
     return ids
 
 # %% ../nbs/03_extraction.ipynb #329ef447

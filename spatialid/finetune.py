@@ -593,6 +593,7 @@ def main(argv:list|None=None) -> int:
     try:
         accelerator = Accelerator()
         vlm = VLM.load(a["model"], device=str(accelerator.device))
+        if not 1 <= settings.layer <= vlm.n_layers: raise ValueError(f"{a['model']} has {vlm.n_layers} blocks, so --layer {settings.layer} (the paper's, unless you gave it) is none of its layers: give --layer 1 to {vlm.n_layers}")
         log = finetune(vlm, a["pictures"], a["benchmark"], a["ids"], a["out"], settings)
         if accelerator.is_main_process:
             vlm.model.save_pretrained(Path(a["out"]) / "model")

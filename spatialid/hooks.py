@@ -602,6 +602,8 @@ def run(self:VLM,
 @patch
 def check_layers(self:VLM, layers) -> list:
     "Layers in order, each once. Raises ValueError for one that is not there."
+    if isinstance(layers, str) or not (layers is None or isinstance(layers, Integral) or all(isinstance(l, Integral) for l in layers)):
+        raise ValueError(f"layers are whole numbers from 1 to {self.n_layers}, not {layers!r}: give one, or a list of them")
     layers = sorted({layers} if isinstance(layers, Integral) else set(layers or ()))
     for l in layers:
         if l not in range(1, self.n_layers + 1):

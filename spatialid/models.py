@@ -70,13 +70,14 @@ def trace(
     **options, # of `point`
 ) -> Path: # results/<name>/checkpoints.json
     "A point of Fig. 9 for each checkpoint of a training run; points that are there already are kept, so an interrupted trace goes on."
-    path = results_dir(name) / "checkpoints.json"
-    made = json.loads(path.read_text()) if path.is_file() else {"points": []}
+    path, order = results_dir(name) / "checkpoints.json", [(e["stage"], e["step"]) for e in checkpoints(name, out, 1)]
+    made, place = json.loads(path.read_text()) if path.is_file() else {"points": []}, lambda p: order.index((p["stage"], p["step"]))
     for entry in checkpoints(name, out, every):
         key = dict(stage=entry["stage"], step=entry["step"])
-        if any(p["stage"] == key["stage"] and p["step"] == key["step"] for p in made["points"]): continue
+        if place(key) in map(place, made["points"]): continue
         vlm = restored(name, weights_of(out, entry))
         made["points"].append({**key, "weight_hash": vlm.weight_hash, **point(vlm, px=RECIPES[name].px, flat=RECIPES[name].flat, **options)})
+        made["points"].sort(key=place)
         made["provenance"] = provenance(vlm, seed=options.get("seed", 0), every=every, **options)
         write_json(path, made)
     if not made["points"]: raise FileNotFoundError(f"{str(out)!r} keeps no weights of the stages with relations of {name}: train it first (python -m spatialid.organisms train {name})")

@@ -512,7 +512,9 @@ def main(argv:list|None=None):
     p.add_argument("name", help=f"train: {', '.join(RECIPES)}; card: any bundled organism")
     p.add_argument("--out", default=".work/organisms", help="folder of checkpoints (default %(default)s)")
     a = p.parse_args(argv)
-    if a.action == "card": return print(card_text(card(a.name)))
+    if a.action == "card":
+        try: return print(card_text(card(a.name)))
+        except (FileNotFoundError, ValueError) as e: p.error(str(e))
     if a.name not in RECIPES: p.error(f"no recipe {a.name!r}; there are: {', '.join(RECIPES)}")
     out = Path(a.out) / a.name
     try: train(a.name, out)

@@ -111,7 +111,7 @@ def steer(self,
     "Move words inside the `with`, wherever a prompt is read: `run`, `model.generate` (while reading only), any call of the model. Raises ValueError for other prompts."
     self.check_layers([layer])
     queries = [query] if isinstance(query, Query) else list(query)
-    if not queries or not pushes: raise ValueError("nothing to steer: give a query and {'subject': ids.step((0, 0), (3, 0))}")
+    if not isinstance(pushes, dict) or not queries or not pushes: raise ValueError("nothing to steer: give a query and {'subject': ids.step((0, 0), (3, 0))}")
     ends = [_ends(self, push, layer) for push in pushes.values()]
     if rule == "each_norm" and any(frm is None for _, frm in ends): raise ValueError("the rule 'each_norm' scales both ends: give pushes as tuples (to, from)")
     begin, end, push = _hooks(_prompts(self, queries, pushes), ends, scale, rule)

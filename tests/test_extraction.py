@@ -306,7 +306,7 @@ def test_stored_ids_are_those_of_the_same_weights(tmp_path, monkeypatch, vlm):
     assert np.array_equal(stored_ids(vlm, "here/some").table, ids.table)
     ids.provenance["weight_hash"] = "0"
     ids.save(tmp_path / "results" / "some" / "spatial_ids.safetensors")
-    with pytest.raises(ValueError, match="extracted from other weights: run notebook 03 again"):
+    with pytest.raises(ValueError, match="extracted from other weights than those of .*: load that model, or run notebook 03 again"):
         stored_ids(vlm, "here/some")
 
 
@@ -321,6 +321,10 @@ def test_bad_input_is_one_clear_sentence(tmp_path, vlm):
             SpatialIDs.load(tmp_path / "cut.safetensors")
     with pytest.raises(FileNotFoundError, match="no file .*nowhere"):
         SpatialIDs.load(tmp_path / "nowhere.safetensors")
+    for cell in ((-1, 0), (4, 1), (0.5, 0)):
+        with pytest.raises(ValueError, match="is no cell: column and row are whole numbers from 0 to 3"):
+            ids.step((0, 0), cell)
+    assert len(repr(ids)) < 300 and "4 × 4 cells" in repr(ids)
     with pytest.raises(KeyError, match="7 is not among the layers"):
         ids.at(7)
     with pytest.raises(KeyError, match="'cup' is not among the objects"):

@@ -295,7 +295,7 @@ def test_qwen_through_the_command_line(tmp_path, folders, capsys):
 def test_bad_input_is_one_sentence(tmp_path, folders, capsys):
     model, good = str(stored(tmp_path / "qwen")), [str(folders["pictures"]), str(folders["benchmark"]), "--ids", str(folders["ids"]), "--out", str(tmp_path / "out")]
     random_ids(width=48).save(tmp_path / "wide.safetensors")
-    for args, words in (([str(tmp_path / "no"), *good[1:], *ARGS], "no folder"), ([*good, *ARGS, "--layer", "9"], "no layer 9: layers are 1 to 4"), ([*good, *ARGS, "--ids", str(tmp_path / "wide.safetensors")], "are 48 wide, but qwen is 32 wide"),
+    for args, words in (([str(tmp_path / "no"), *good[1:], *ARGS], "no folder"), ([*good, *ARGS, "--layer", "9"], "has 4 blocks, so --layer 9"), ([*good, *ARGS, "--ids", str(tmp_path / "wide.safetensors")], "are 48 wide, but qwen is 32 wide"),
                         ([*good, *ARGS, "--ids", str(tmp_path / "none")], "extract first"), ([good[0], str(tmp_path), *good[2:], *ARGS], "holds no COCO-spatial"), ([*good, *ARGS, "--last-k", "7"], "uses 2 vision blocks")):
         assert ft.main([model, *args]) == 1
         said = capsys.readouterr().err.strip().splitlines()

@@ -55,6 +55,13 @@ def test_a_trace_goes_on_where_it_stopped(run, tiny, monkeypatch):
     assert len(asked) == 3
 
 
+def test_points_are_in_the_order_of_training(run, tiny, monkeypatch):
+    monkeypatch.setattr(models, "point", lambda vlm, **options: {"accuracy": {"value": 0.5}})
+    steps = lambda path: [p["step"] for p in json.loads(path.read_text())["points"]]
+    assert steps(trace("llava-tiny", run, every=4)) == [4]
+    assert steps(trace("llava-tiny", run, every=2)) == [2, 4]
+
+
 def test_point_is_what_notebook_04_measures():
     vlm = VLM.load("llava-tiny")
     one = point(vlm, n=12, pairs=2)

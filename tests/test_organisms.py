@@ -139,6 +139,12 @@ def test_a_killed_run_resumes_bit_identically(tmp_path, after):
     assert [{k: v for k, v in e.items() if k != "seconds"} for e in training_log(whole)] == [{k: v for k, v in e.items() if k != "seconds"} for e in training_log(cut)]
 
 
+@pytest.mark.parametrize("action", ["card", "train"])
+def test_the_command_says_what_there_is(action, capsys):
+    with pytest.raises(SystemExit) as e: organisms.main([action, "lava"])
+    assert e.value.code == 2 and "llava-tiny" in capsys.readouterr().err
+
+
 def test_bundle_round_trip_and_foreign_checkpoints(tmp_path):
     torch.set_num_threads(1)
     trained = train("llava-tiny", tmp_path / "run", TINY, every=4)

@@ -169,6 +169,7 @@ def test_what_cannot_be_steered_is_said(llava):
     says("none of the 1 that are steered", lambda: llava.run(ask("dog")))
     says("no layer 9", lambda: None, layer=9)
     says("nothing to steer", lambda: None, args=(query, {}))
+    says("nothing to steer", lambda: None, args=(query, np.zeros(64)))
     says("a push is 32 numbers", lambda: None, args=(query, {"subject": v[:2]}))
     says("not a marked word", lambda: None, args=(query, {"third": v}))
     says("scales both ends", lambda: None, rule="each_norm")
