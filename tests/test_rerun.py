@@ -190,7 +190,7 @@ def test_the_papers_claims(monkeypatch):
     for e in entries:
         assert set(e) == {"id", "source", "claim", "paper", "note", "measure", "rule"} and e["source"] and e["claim"]
         if e["rule"]:
-            assert set(e["rule"]) == {"notebook", "key", "op", "threshold"} and e["rule"]["op"] in rerun.OPS and e["measure"]
+            assert set(e["rule"]) - {"model"} == {"notebook", "key", "op", "threshold"} and e["rule"]["op"] in rerun.OPS and e["measure"]
             assert e["rule"]["notebook"] in rerun.notebooks()
     assert {r["status"] for r in rerun.claims("llava-tiny")} <= {"holds", "does not hold", "not yet run"}
 
@@ -205,3 +205,21 @@ def test_models(capsys):
     assert rerun.main(["models"]) == 0
     out = capsys.readouterr().out
     assert "llava-hf/llava-1.5-7b-hf" in out and all(name in out for name in rerun.bundled())
+
+
+def test_a_claim_about_many_models_is_read_where_they_are_compared(lab, capsys):
+    entry = {"id": "all", "source": "§0", "claim": "", "paper": "", "note": "", "measure": "x", "rule": {"notebook": "13_models", "model": "models", "key": "claims.x", "op": ">", "threshold": 0}}
+    (lab.root/"nbs"/"claims.json").write_text(json.dumps([entry]))
+    results.write_json(lab.root/"results"/"models"/"13_models.json", {"provenance": {"protocol": "paper"}, "claims": {"x": {"value": 1, "low": .5, "high": 2, "n": 12}}})
+    row, = rerun.claims("toy")
+    assert (row["status"], row["model"], row["n"]) == ("holds", "models", 12)
+
+
+def test_several_models_are_compared_at_the_end(lab, capsys):
+    lab.notebook("01_a", "print(model)")
+    lab.notebook("13_models", f"open(r'{lab.root}/compared', 'w').write('yes')", parameters="seed = 0")
+    (lab.root/"other").mkdir()
+    (lab.root/"other"/"config.json").write_text("{}")
+    assert rerun.main(["reproduce", "--models", lab.toy]) == 0 and not (lab.root/"compared").exists()
+    assert rerun.main(["reproduce", "--models", f"{lab.toy},{lab.root/'other'}"]) == 0 and (lab.root/"compared").exists()
+    assert "13_models: done" in capsys.readouterr().out
