@@ -602,13 +602,12 @@ def run(self:VLM,
 @patch
 def check_layers(self:VLM, layers) -> list:
     "Layers in order, each once. Raises ValueError for one that is not there."
-    if isinstance(layers, str) or not (layers is None or isinstance(layers, Integral) or all(isinstance(l, Integral) for l in layers)):
-        raise ValueError(f"layers are whole numbers from 1 to {self.n_layers}, not {layers!r}: give one, or a list of them")
-    layers = sorted({layers} if isinstance(layers, Integral) else set(layers or ()))
+    layers = [layers] if isinstance(layers, Integral) else list(layers or ())
     for l in layers:
+        if not isinstance(l, Integral): raise ValueError(f"layers are whole numbers from 1 to {self.n_layers}, not {l!r}: give one, or a list of them")
         if l not in range(1, self.n_layers + 1):
             raise ValueError(f"{self.name} has no layer {l}: layers are 1 to {self.n_layers}, the residual stream after that many blocks")
-    return layers
+    return sorted(set(layers))
 
 @patch
 def _pad_ids(self:VLM, queries, device):

@@ -56,12 +56,12 @@ def point(
     px:int=80, # side of the pictures
     flat:bool=False, # scenes in which height and depth are independent
 ) -> dict: # see `fig9_numbers`
-    "Accuracy, steerability and ID strength of a model with IDs of its own: one point of Fig. 9, for 1,280 pictures and 200 questions."
+    "Accuracy, steerability and ID strength of a model with IDs of its own: one point of Fig. 9, for 1,200 pictures and 200 questions."
     grid = GridScenes(grid_pairs(pairs), sizes=(224,), px=px, seed=seed)
     ids = extract(vlm, subsample(grid, 4), progress=False)
     asked = questions(FreeScenes(10**6, seed=f"steering 2 {seed}", px=px, flat=flat), n, seed)
-    swept = sweep(vlm, asked, edits=adversarial(vlm, ids, asked, vlm.run(asked).beliefs, seed=seed))
-    return fig9_numbers(vlm, ids, asked, swept, seed)
+    clean = vlm.run(asked, range(1, vlm.n_layers + 1), "subject")
+    return fig9_numbers(vlm, ids, clean, sweep(vlm, asked, edits=adversarial(vlm, ids, asked, clean.beliefs, seed=seed)), seed)
 
 def trace(
     name:str, # a key of RECIPES

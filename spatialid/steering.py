@@ -449,17 +449,17 @@ def relation_words(vlm):
 def fig9_numbers(
     vlm,
     ids:SpatialIDs,
-    queries:list,
-    s, # the `Sweep` of the queries under `adversarial`
+    run, # a `Run` of the queries that kept the subject at the layers of the sweep
+    s, # the `Sweep` of the same queries under `adversarial`
     seed:int=0, # of the bootstrap
 ) -> dict: # accuracy, steerability under three rules, ID strength: {value, low, high, n} but for the strength
     "One point of Fig. 9 (§4.3), and the reviewers' ID-strength score: norm of the IDs over that of the residual stream at the subject, times R² of the linear map."
-    noise = [name for name in s.names if isinstance(name, str) and name.startswith("noise ")]
+    noise = [name for name in s.names if name.startswith("noise ")]
     rules = readings({"ID": swapped(s, ["ID"]), "noise": swapped(s, noise)}, s.layers, vlm.n_layers, seed)
     right, steered = (x.argmax(-1).numpy() == s.truth for x in (s.base_log_probs, s.log_probs["ID"]))
-    run, strength = vlm.run(queries, s.layers, "subject"), {}
+    strength = {}
     for l in s.layers:
-        size = np.linalg.norm(ids.at(l), axis=-1).mean() / run.residual(l)[:, 0].float().norm(dim=-1).mean()
+        size = np.linalg.norm(ids.at(l), axis=-1).mean() / run.residual(l, "subject")[:, 0].float().norm(dim=-1).mean()
         strength[l] = {"relative_norm": float(size), "r2": ids.linear_r2(l, n_draws=2, n_null=2)["value"]}
         strength[l]["strength"] = strength[l]["relative_norm"] * strength[l]["r2"]
     middle = [strength[l]["strength"] for l in middle_third(vlm.n_layers) if l in strength]

@@ -127,6 +127,8 @@ def test_a_word_marked_twice_has_two_positions(vlm):
     (lambda v: v.run([Query([picture(0)], "Where?")]), "of a video, one frame"),
     (lambda v: v.run([]), "no queries"),
     (lambda v: v.run(ask(), [0]), "no layer 0: layers are 1 to 4"),
+    (lambda v: v.run(ask(), "4"), "whole numbers from 1 to 4, not '4'"),
+    (lambda v: v.run(ask(), [[4]]), "whole numbers from 1 to 4, not"),
     (lambda v: v.run(ask(), [5]), "no layer 5: layers are 1 to 4"),
     (lambda v: v.run(MIXED[:3], [1], "text"), "run those of one length together"),
     (lambda v: v.run(MIXED[:3], [1], batch_size=1), "run those of one length together"),

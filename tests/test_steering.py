@@ -314,7 +314,7 @@ def test_a_point_of_figure_9():
     asked = st.questions(FreeScenes(100, seed=4), 6)
     ids = SpatialIDs(g.standard_normal((1, 1, 8, 4, 4, vlm.width)), np.ones((1, 1, 4, 4)), ["all"], [224], list(range(1, 9)), [("a", "all")], "")
     s = sweep(vlm, asked, edits=st.adversarial(vlm, ids, asked, vlm.run(asked).beliefs, n_noise=2))
-    one = st.fig9_numbers(vlm, ids, asked, s)
+    one = st.fig9_numbers(vlm, ids, vlm.run(asked, s.layers, ("subject", "object")), s)
     was = s.base_log_probs.argmax(-1)
     gain = np.array([[float(a != b) - np.mean([float(c != b) for c in noise]) for a, b, *noise in zip(s.log_probs["ID"][l].argmax(-1), was, *(s.log_probs[f"noise {i}"][l].argmax(-1) for i in range(2)))] for l in (2, 3, 4)])
     assert one["steerability"]["value"] == pytest.approx(gain.mean())
