@@ -46,14 +46,15 @@ def centred_ids(
 
 # %% ../nbs/03_extraction.ipynb #a49bce16
 def grid_axes(
-    ids:np.ndarray, # (m, m, d), indexed [y, x]
+    ids:np.ndarray, # (m, m, d), indexed [y, x]; or a grid of other rows than columns
     protocol:str="paper", # "released" divides by 36 instead of 24: zero differences are counted
 )->np.ndarray: # (2, d): h along x to the right, v along y downwards
     "The horizontal and vertical axes of a grid of IDs: the mean difference of two cells in a row, and in a column (Eq. 5)."
-    m = len(ids)
-    weight = 2.0 * np.arange(m) - (m - 1)
-    terms = m * m * (m - 1) / 2 + (m * (m - 1) if protocol == "released" else 0)
-    return np.stack([np.einsum("x,yxd->d", weight, ids), np.einsum("y,yxd->d", weight, ids)]) / terms
+    def axis(along): # (lines, k, d): lines of k cells
+        lines, k, _ = along.shape
+        terms = lines * k * (k - 1) / 2 + (lines * (k - 1) if protocol == "released" else 0)
+        return np.einsum("k,lkd->d", 2.0 * np.arange(k) - (k - 1), along) / terms
+    return np.stack([axis(ids), axis(ids.swapaxes(0, 1))])
 
 # %% ../nbs/03_extraction.ipynb #2c6c3f50
 def orthonormal(
@@ -69,22 +70,25 @@ def orthonormal(
 
 # %% ../nbs/03_extraction.ipynb #efe7478f
 def grid_design(
-    m:int, # cells on a side
-)->np.ndarray: # (m², 2), cells in the order of `ids.reshape(m * m, d)`
+    m:int, # columns
+    rows:int|None=None, # as many as columns by default
+)->np.ndarray: # (m · rows, 2), cells in the order of `ids.reshape(-1, d)`
     "Column and row coordinates of a grid: centred, of unit length, orthogonal to each other."
-    y, x = np.divmod(np.arange(m * m), m)
-    design = np.stack([x, y], 1) - (m - 1) / 2
+    y, x = np.divmod(np.arange(m * (rows or m)), m)
+    design = np.stack([x, y], 1).astype(float)
+    design -= design.mean(0)
     return design / np.linalg.norm(design, axis=0)
 
 
 def grid_statistics(
     gram:np.ndarray, # (..., m², m²) inner products of the IDs
+    rows:int|None=None, # of the grid; a square by default
 )->dict[str, np.ndarray]: # each (...)
     "Variance explained by the axes of Eq. 5, cosine of the axes and R² of a linear map from (x, y), from inner products."
     n = gram.shape[-1]
     centre = np.eye(n) - 1 / n
     gram = centre @ gram @ centre
-    ux, uy = grid_design(isqrt(n)).T
+    ux, uy = grid_design(n // (rows or isqrt(n)), rows).T
     on_h, on_v = gram @ ux, gram @ uy  # inner products of each ID with h and v, up to a common factor
     hh, vv, hv = on_h @ ux, on_v @ uy, on_h @ uy
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -100,10 +104,11 @@ def grid_null(
     gram:np.ndarray, # (m², m²)
     n:int=1000, # permutations
     seed:int=0,
+    rows:int|None=None, # of the grid; a square by default
 )->dict[str, np.ndarray]: # each (n,)
     "The statistics of a grid after dealing its IDs to the cells at random."
     order = np.argsort(rng(seed, "permutations").random((n, len(gram))), axis=1)
-    return grid_statistics(gram[order[:, :, None], order[:, None, :]])
+    return grid_statistics(gram[order[:, :, None], order[:, None, :]], rows)
 
 # %% ../nbs/03_extraction.ipynb #375ad23b
 def around(
@@ -166,8 +171,8 @@ class SpatialIDs:
         self.weights = np.array([names.count(b) or len(names) for b in self.objects], dtype=float)
 
     def __repr__(self):
-        m, d = self.table.shape[-2:]
-        return f"SpatialIDs({self.provenance.get('model', 'unnamed')}: {m} × {m} cells of width {d}, layers {self.layers[0]} to {self.layers[-1]}, {len(self.objects)} objects, sizes {self.sizes}, {len(self.pairs)} pairs)"
+        rows, m, d = self.table.shape[-3:]
+        return f"SpatialIDs({self.provenance.get('model', 'unnamed')}: {m} × {rows} cells of width {d}, layers {self.layers[0]} to {self.layers[-1]}, {len(self.objects)} objects, sizes {self.sizes}, {len(self.pairs)} pairs)"
 
     def sized(self, size=None)->np.ndarray:
         "The table (object, layer, y, x, d) of one size, or over sizes: their mean (released protocol: the largest)."
@@ -230,9 +235,10 @@ def step(
     layer:int|None=None, # all layers if not given
 )->np.ndarray: # (d,), or (layer, d)
     "The vector that moves an object from one cell to another. ValueError for a cell that is not on the grid."
-    ids, m = self.ids if layer is None else self.at(layer), self.table.shape[3]
+    ids, (rows, m) = self.ids if layer is None else self.at(layer), self.table.shape[3:5]
     for cell in (frm, to):
-        if any(v not in range(m) for v in cell): raise ValueError(f"{tuple(cell)} is no cell: column and row are whole numbers from 0 to {m - 1} (for places between, steering.at_place)")
+        if any(v not in range(k) for v, k in zip(cell, (m, rows))):
+            raise ValueError(f"{tuple(cell)} is no cell: column and row are whole numbers from 0 to {m - 1} and {rows - 1} (for places between, steering.at_place)")
     return ids[..., to[1], to[0], :] - ids[..., frm[1], frm[0], :]
 
 # %% ../nbs/03_extraction.ipynb #b9543f24
@@ -248,9 +254,10 @@ def statistics(
 )->dict[str, dict]: # total, x, y, y_alone, cosine, r2: each {value, low, high, n, null_mean, null_high, p}
     "Everything `grid_statistics` measures at a layer, with bootstrap intervals over objects and the permutation null (mean, 95 % quantile, p)."
     units, weights = self.units(layer, size, objects)
-    measured = with_interval(grid_statistics, units, weights=weights, n_draws=n_draws, seed=seed)
+    rows = self.table.shape[3]
+    measured = with_interval(lambda gram: grid_statistics(gram, rows), units, weights=weights, n_draws=n_draws, seed=seed)
     mean = np.average(units, axis=0, weights=weights)
-    null = grid_null(mean @ mean.T, n_null, seed)
+    null = grid_null(mean @ mean.T, n_null, seed, rows)
     for name, one in measured.items():
         draws, value = (abs(null[name]), abs(one["value"])) if name == "cosine" else (null[name], one["value"])
         one.update(null_mean=float(draws.mean()), null_high=float(np.quantile(draws, 0.95)), p=float((1 + (draws >= value).sum()) / (1 + n_null)))
@@ -344,7 +351,8 @@ class SceneIndex:
     "Which pair, size and cells each scene shows, as small arrays; made by `index_scenes`."
     pairs: list  # (a, b) in order of appearance
     sizes: list
-    m: int  # cells on a side
+    m: int  # columns
+    rows: int
     pair: np.ndarray  # number of the pair of each scene
     size: np.ndarray
     a: np.ndarray  # cell of the reference, y·m + x
@@ -368,24 +376,25 @@ def index_scenes(scenes)->SceneIndex:
     m = 1 + max((max(*s.a_cell, *s.b_cell) for s in scenes), default=-1)
     if m < 2:
         raise ValueError("no scenes to extract from: give GridScenes with at least one pair")
+    tall, m = getattr(getattr(scenes[0], "source", None), "shape", (m, m))
     for i, s in enumerate(scenes):
         number = pairs.setdefault((s.a, s.b), len(pairs))
         if number < len(pairs) - 1:
             raise ValueError(f"the scenes of pair ({s.a}, {s.b}) are not together: sort the scenes by pair")
         rows[i] = number, sizes.index(s.size), s.a_cell[1] * m + s.a_cell[0], s.b_cell[1] * m + s.b_cell[0]
     pair, size, a, b = rows.T.copy()
-    shown = np.zeros((len(pairs), len(sizes), m * m), dtype=bool)
+    shown = np.zeros((len(pairs), len(sizes), tall * m), dtype=bool)
     shown[pair, size, b] = True
     if not shown.all():
         p, s, cell = np.argwhere(~shown)[0]
         raise ValueError(f"pair {list(pairs)[p]} never shows the object in cell {(int(cell % m), int(cell // m))} at size {sizes[s]}: "
                          "every cell needs an image, so use all cells of the object and at least two of the reference")
-    return SceneIndex(list(pairs), sizes, m, pair, size.astype(np.int8), a.astype(np.int8), b.astype(np.int8))
+    return SceneIndex(list(pairs), sizes, m, tall, pair, size.astype(np.int8), a.astype(np.int8), b.astype(np.int8))
 
 # %% ../nbs/03_extraction.ipynb #a4bed046
 def new_state(index:SceneIndex, n_layers:int, n_kept:int, d:int, dtype)->dict[str, np.ndarray]:
     "Empty sums. Memory: (objects + 2) × sizes × m² × layers × d numbers, plus pairs × kept layers × m² × d; independent of the number of images."
-    cells, sizes = index.m**2, len(index.sizes)
+    cells, sizes = index.rows * index.m, len(index.sizes)
     return {
         "table": np.zeros((len(index.objects), sizes, cells, n_layers, d), dtype),
         "counts": np.zeros((len(index.objects), sizes, cells), np.int64),
@@ -499,7 +508,7 @@ def extract(
 def finish(state, index, layers, pair_layers, template, protocol, provenance)->SpatialIDs:
     "The sums of a complete extraction as `SpatialIDs`."
     weights = np.array([sum(b == o for _, b in index.pairs) for o in index.objects], dtype=state["table"].dtype)
-    grid = (index.m, index.m)
+    grid = (index.rows, index.m)
     table = np.moveaxis(state["table"] / weights[:, None, None, None, None], 2, 3)
     pairs = np.moveaxis(state["pair_ids"], 1, 2)
     return SpatialIDs(

@@ -125,12 +125,12 @@ def steer(self,
 
 # %% ../nbs/04_steering.ipynb #ad7c8f4b
 def at_place(
-    grid, # (m, m, d) IDs of a layer, indexed [y, x]
+    grid, # (rows, columns, d) IDs of a layer, indexed [y, x]
     xy, # (..., 2) column and row, from 0; any numbers
 ) -> torch.Tensor: # (..., d), float64
     "The ID of a place: bilinear between cells, linear outside the grid."
     grid, xy = torch.as_tensor(grid, dtype=torch.float64), torch.as_tensor(np.asarray(xy, dtype=float))
-    cell = xy.floor().clamp(0, len(grid) - 2).long()
+    cell = xy.floor().clamp(min=0).minimum(torch.tensor([grid.shape[1] - 2, len(grid) - 2])).long()
     (x, y), (fx, fy) = cell.unbind(-1), (xy - cell)[..., None].unbind(-2)
     return (1 - fy) * ((1 - fx) * grid[y, x] + fx * grid[y, x + 1]) + fy * ((1 - fx) * grid[y + 1, x] + fx * grid[y + 1, x + 1])
 
