@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['OPS', 'JSON_KEYS', 'UsageError', 'RunError', 'notebooks_dir', 'notebooks', 'find_notebook', 'parameters_of',
            'bundled', 'check_model', 'parse_parameters', 'runs_dir', 'run_notebook', 'weight_digest', 'fingerprint',
-           'experiments', 'is_done', 'reproduce', 'holds', 'claims', 'claims_markdown', 'claims_text', 'figures_of',
-           'model_page', 'main', 'models_text']
+           'medium_of', 'experiments', 'is_done', 'reproduce', 'holds', 'claims', 'claims_markdown', 'claims_text',
+           'figures_of', 'model_page', 'main', 'models_text']
 
 # %% ../nbs/11_rerun.ipynb #46b72622
 import argparse, ast, hashlib, json, logging, os, re, shutil, sys, textwrap, time
@@ -192,9 +192,23 @@ def fingerprint(
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 # %% ../nbs/11_rerun.ipynb #5308adf4
-def experiments() -> list:
-    """The notebooks that `reproduce` runs: those whose parameters include a model, except the benchmark."""
-    return [p for s, p in notebooks().items() if "model" in parameters_of(p) and s != "12_bench"]
+def medium_of(
+    model:str, # bundled name, folder or Hub id
+) -> str|None: # "video", "image", or None where both or unknown
+    """What a model can be asked about: an organism what it was trained on, another model what its family takes."""
+    from spatialid.hooks import FAMILIES, find_checkpoint  # torch comes with it
+    folder = bundled().get(model, Path(model))
+    made = json.loads((folder/"training.json").read_text())["recipe"] if (folder/"training.json").is_file() else None
+    if made: return "video" if made.get("frames") else "image"
+    kind = json.loads((folder/"config.json").read_text()).get("model_type") if (folder/"config.json").is_file() else getattr(find_checkpoint(model), "family", None)
+    return "image" if kind in FAMILIES and not FAMILIES[kind].frames else None
+
+def experiments(
+    model:str="llava-tiny", # bundled name, folder or Hub id
+) -> list:
+    """The notebooks that `reproduce` runs: those with a model among their parameters that are about what this one can be asked, except the benchmark."""
+    takers, medium = {s: parameters_of(p)["model"] for s, p in notebooks().items() if "model" in parameters_of(p) and s != "12_bench"}, medium_of(model)
+    return [notebooks()[s] for s, own in takers.items() if s == "10_organisms" or medium in (None, medium_of(own))]
 
 def is_done(
     path:Path, # a notebook
@@ -225,7 +239,7 @@ def reproduce(
     for model in models: write_bytes(runs_dir(model)/".probe", b"").unlink()
     try:
         for model in models:
-            for path in experiments():
+            for path in experiments(model):
                 name = f"{path.stem} · {Path(model).name}"
                 if is_done(path, model): print(f"{name}: already done"); finished.append(name); continue
                 try: print(f"{name}: done in {_run_and_record(path, model):.0f} s"); finished.append(name)
@@ -237,7 +251,7 @@ def reproduce(
     except KeyboardInterrupt:
         print(f"\nInterrupted in {name}. Finished: {', '.join(finished) or 'nothing yet'}. The same command continues from here.", file=sys.stderr)
         return 130
-    for model in models: print(f"\n{claims_text(claims(Path(model).name))}")
+    for model in [m for m in models if medium_of(m) != "video"] or models: print(f"\n{claims_text(claims(Path(model).name))}")
     if failed: print(f"\nFailed: {', '.join(failed)}", file=sys.stderr)
     return int(bool(failed))
 
@@ -253,7 +267,8 @@ def holds(
 
 def _measured(rule, model):
     "The number a rule refers to and its provenance; None where there is no such result."
-    path = results_dir(rule.get("model", model))/f"{rule['notebook']}.json"
+    path = results_dir(model)/f"{rule['notebook']}.json"
+    if "model" in rule and not path.is_file(): path = results_dir(rule["model"])/path.name
     if not path.is_file(): return None, {}
     results = number = json.loads(path.read_text())
     for key in rule["key"].split("."): number = number.get(key) if isinstance(number, dict) else None
