@@ -196,11 +196,12 @@ def medium_of(
     model:str, # bundled name, folder or Hub id
 ) -> str|None: # "video", "image", or None where both or unknown
     """What a model can be asked about: an organism what it was trained on, another model what its family takes."""
-    from spatialid.hooks import FAMILIES, find_checkpoint  # torch comes with it
     folder = bundled().get(model, Path(model))
-    made = json.loads((folder/"training.json").read_text())["recipe"] if (folder/"training.json").is_file() else None
-    if made: return "video" if made.get("frames") else "image"
-    kind = json.loads((folder/"config.json").read_text()).get("model_type") if (folder/"config.json").is_file() else getattr(find_checkpoint(model), "family", None)
+    made, config = (json.loads((folder/f).read_text()) if (folder/f).is_file() else None for f in ("training.json", "config.json"))
+    if made: return "video" if made["recipe"].get("frames") else "image"
+    if config is not None and "model_type" not in config: return None
+    from spatialid.hooks import FAMILIES, find_checkpoint  # torch comes with it
+    kind = config.get("model_type") if config else getattr(find_checkpoint(model), "family", None)
     return "image" if kind in FAMILIES and not FAMILIES[kind].frames else None
 
 def experiments(
