@@ -383,7 +383,8 @@ def quick_accuracy(model, batches:list) -> dict: # kind -> share of right answer
     for batch in batches:
         b, row = torch.tensor([(a[0], a[2]) for a in batch["asked"]]).T
         right, wrong = torch.tensor([a[3:] for a in batch["asked"]], device=batch["input_ids"].device).T[..., None]
-        with _half(model): logits = model.lm_head(forward(model, batch)[1][b, row]).float()
+        with _half(model): state = forward(model, batch)[1][b, row]
+        logits = model.lm_head(state.float()) # in half precision two answers of a model that does not know would often tie
         best = logits.scatter(1, right, -torch.inf).amax(1, keepdim=True)
         ok = logits.gather(1, right) > torch.where(wrong < 0, best, logits.gather(1, wrong.clamp(min=0)))
         for a, hit in zip(batch["asked"], ok[:, 0].tolist()): hits[a[1]].append(hit)
