@@ -729,9 +729,9 @@ def read_video(path:str|Path, # anything FFmpeg decodes
     if not Path(path).is_file(): raise FileNotFoundError(f"no video {str(path)!r}: give the path of a video file")
     sample = lambda total: np.linspace(0, total - 1, n_frames).astype(int).tolist()
     try:
-        with av.open(str(path)) as file: total = sum(p.size > 0 for p in file.demux(file.streams.video[0]))
-        kept, found, duration = _decode(path, sample(total))
-        if found != total: kept, found, duration = _decode(path, sample(found)) # packets without a picture
+        with av.open(str(path)) as file: claimed = file.streams.video[0].frames
+        kept, found, duration = _decode(path, sample(claimed))
+        if found != claimed: kept, found, duration = _decode(path, sample(found))
     except (av.error.FFmpegError, IndexError) as e: raise ValueError(f"cannot decode {str(path)!r} ({e}): the file is no video, or damaged; fetch or write it again") from e
     if not found: raise ValueError(f"{str(path)!r} holds no frame: fetch or write it again")
     return *map(list, zip(*(kept[k] for k in sample(found)))), duration

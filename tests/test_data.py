@@ -270,6 +270,9 @@ def test_frames_are_counted_not_believed(tmp_path):
         with av.open(str(path)) as file: return file.streams.video[0].frames
     assert write(tmp_path / "a.mkv", 0) == 0, "no number in the header"
     assert numbers(read_video(tmp_path / "a.mkv")[0]) == [0, 2, 4, 6, 8, 10, 12, 15]
+    assert write(tmp_path / "late.mkv", -8) == 0, "begins after 2 seconds"
+    _, seconds, duration = read_video(tmp_path / "late.mkv", 2)
+    assert seconds == pytest.approx([0, 3.75]) and duration == pytest.approx(4)
     assert write(tmp_path / "a.mp4", 6, use_editlist="1", avoid_negative_ts="disabled") == 16, "an edit list hides the first 6"
     frames, seconds, duration = read_video(tmp_path / "a.mp4", 4)
     assert numbers(frames) == [6, 9, 12, 15] and seconds == pytest.approx([0, .75, 1.5, 2.25]) and duration == pytest.approx(2.5)
@@ -349,15 +352,17 @@ def test_the_authors_list_with_any_names(tmp_path):
     rows = [row("scene", "it's a {bar}", "In this video there are two scenes. Does the scene 'scene' occur before or after the scene 'it's a {bar}'?", [1, 2], [1, 2]),
             row(kitchen, table, f"Is {{x}} right: does the {table} occur before or after the {kitchen}?", [kitchen, table], [table, kitchen]),
             row(kitchen, table, "Which comes first?", 1, 1),
+            row("tree", "car", "In this street, does the tree occur before or after the car?", 0, 0),
             row("Kitchen", "hall", 'Does "kitchen" occur before or after "hall"?', "Kitchen, hall", "Kitchen, hall")]
     (tmp_path / "mvbench_scene_queries.json").write_text(json.dumps(rows))
     write_video(tmp_path / "video" / "a.mp4", clip(2, (16, 16)))
     b = MVBench(tmp_path)
-    assert [(r.subject, r.truth, r.object) for r in b] == [("scene", "before", "it's a {bar}"), (table, "after", kitchen), ("kitchen", "before", "hall")] and b.skipped == [2]
-    for r, listed in zip(b, (rows[0], rows[1], rows[3])):
+    assert [(r.subject, r.truth, r.object) for r in b] == [("scene", "before", "it's a {bar}"), (table, "after", kitchen), ("tree", "before", "car"), ("kitchen", "before", "hall")] and b.skipped == [2]
+    for r, listed in zip(b, rows[:2] + rows[3:]):
         q = r.query()
         assert q.text == listed["query"] and [q.text[i:j] for at in q.spans.values() for i, j in at] == [r.subject, r.object]
     assert b[0].query().spans["subject"][0][0] == rows[0]["query"].index("'scene'") + 1, "the scene in quotes, not the word before it"
+    assert b[2].query().spans["subject"][0][0] == rows[3]["query"].index("tree occur"), "a word, not the end of another"
 
 
 @pytest.mark.parametrize("under", ["video", "scene_qa", "video/scene_qa", "."])
