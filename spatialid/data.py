@@ -4,23 +4,34 @@
 
 # %% auto #0
 __all__ = ['GLYPHS', 'OBJECTS', 'COLOURS', 'LEFT_RIGHT', 'ABOVE_BELOW', 'KINDS', 'MARGIN', 'PLACES', 'BEFORE_AFTER',
-           'VIDEO_KINDS', 'TIMES', 'Objects', 'own_colour', 'paste', 'noise_background', 'background', 'grid_pairs',
-           'GridScene', 'GridScenes', 'Thing', 'relation', 'between', 'place', 'Scene', 'question_texts', 'FreeScenes',
-           'write_benchmark', 'Row', 'Benchmark', 'moment', 'Video', 'Videos']
+           'VIDEO_KINDS', 'TIMES', 'STAMPS', 'SCENES', 'Objects', 'own_colour', 'paste', 'noise_background',
+           'background', 'grid_pairs', 'GridScene', 'GridScenes', 'Thing', 'relation', 'between', 'place', 'Scene',
+           'question_texts', 'FreeScenes', 'write_benchmark', 'Row', 'Benchmark', 'moment', 'Video', 'Videos',
+           'write_video', 'read_video', 'stamped', 'write_mvbench', 'SceneRow', 'MVBench']
 
 # %% ../nbs/01_data.ipynb #3c66032d
+import hashlib
 import json
 import math
 import os
 import re
+import shutil
+import tempfile
+import warnings
+import zipfile
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from functools import lru_cache
+from io import BytesIO
 from itertools import permutations
 from pathlib import Path
 
+import av
 import matplotlib
 import numpy as np
 from fastcore.basics import patch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.constants import HF_HOME
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from .hooks import Query
@@ -673,3 +684,195 @@ class Videos:
                 x, y = np.clip(np.array([o.x, o.y]) + g.uniform(-.5, .5, 2), o.size / 2, 1 - o.size / 2)
                 moves[o.name] = (float(x - o.x), float(y - o.y))
         return Video(scene, at, self.n_frames, vanishes, moves)
+
+# %% ../nbs/01_data.ipynb #594c0d4b
+_CRF = 8 # of x264: 0 is lossless, 23 its default
+
+def write_video(path:str|Path, # .mp4
+                frames:list, # PIL pictures of one size
+                fps:float=2., # frames a second
+                ) -> Path:
+    "Write frames as an H.264 mp4. Odd sides grow by one pixel (the edge, repeated). ValueError for no frames, frames of several sizes, or no rate."
+    frames = [f.convert("RGB") for f in frames]
+    sizes = sorted({f.size for f in frames})
+    if len(sizes) != 1: raise ValueError(f"a video needs frames of one size, not {len(frames)} frames of sizes {sizes}: resize them to the same size first")
+    if not fps > 0: raise ValueError(f"fps must be above 0 frames a second, not {fps}")
+    (w, h), out = sizes[0], BytesIO()
+    with av.open(out, "w", format="mp4") as file:
+        stream = file.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options=dict(crf=str(_CRF)))
+        stream.width, stream.height, stream.pix_fmt = w + w % 2, h + h % 2, "yuv420p"
+        for f in frames:
+            even = np.pad(np.asarray(f), ((0, h % 2), (0, w % 2), (0, 0)), mode="edge")
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(even, "rgb24")))
+        file.mux(stream.encode())
+    return write_bytes(path, out.getbuffer())
+
+# %% ../nbs/01_data.ipynb #863bb13f
+def _decode(path, keep):
+    "The frames whose numbers are in `keep`, {number: (picture, seconds)}; how many frames there are; the duration in seconds."
+    kept, k, t, start = {}, -1, 0., 0.
+    with av.open(str(path)) as file:
+        stream = file.streams.video[0]
+        stream.thread_type = "AUTO"
+        rate = float(stream.average_rate or stream.guessed_rate or 1)
+        for k, frame in enumerate(file.decode(stream)):
+            t = k / rate if frame.time is None else frame.time
+            if k == 0: start = t
+            if k in keep: kept[k] = frame.to_image(), t - start
+    return kept, k + 1, t - start + 1 / rate
+
+def read_video(path:str|Path, # anything FFmpeg decodes
+               n_frames:int=8,
+               ) -> tuple: # the frames (RGB PIL), their times in seconds, the duration in seconds
+    "Frames uniformly sampled from a video. FileNotFoundError for a missing file, ValueError for one that cannot be decoded."
+    if n_frames < 1: raise ValueError(f"n_frames must be at least 1, not {n_frames}")
+    if not Path(path).is_file(): raise FileNotFoundError(f"no video {str(path)!r}: give the path of a video file")
+    sample = lambda total: np.linspace(0, total - 1, n_frames).astype(int).tolist()
+    try:
+        with av.open(str(path)) as file: claimed = file.streams.video[0].frames
+        kept, found, duration = _decode(path, sample(claimed))
+        if found != claimed: kept, found, duration = _decode(path, sample(found))
+    except (av.error.FFmpegError, IndexError) as e: raise ValueError(f"cannot decode {str(path)!r} ({e}): the file is no video, or damaged; fetch or write it again") from e
+    if not found: raise ValueError(f"{str(path)!r} holds no frame: fetch or write it again")
+    return *map(list, zip(*(kept[k] for k in sample(found)))), duration
+
+# %% ../nbs/01_data.ipynb #58af9a33
+STAMPS = ("The video lasts for {duration:.2f} seconds, and {n} frames are uniformly sampled from it. These frames are located at {times}. "
+          "Please answer the following questions related to this video.")
+
+def stamped(question:str, # or a template
+            seconds:list, # of each frame
+            duration:float, # of the video, seconds
+            ) -> str:
+    "The question with LLaVA-Video's sentence about the time of each frame before it."
+    return STAMPS.format(duration=duration, n=len(seconds), times=",".join(f"{t:.2f}s" for t in seconds)) + "\n" + question
+
+# %% ../nbs/01_data.ipynb #a8d31fe0
+def write_mvbench(folder:str|Path, # made if needed
+                  n:int=200, # videos, one question each
+                  seed:int=1,
+                  px:int=80, # side of the frames
+                  **videos, # further arguments of Videos: frames, vanish, move
+                  ) -> Path: # the folder
+    "Write `mvbench_scene_queries.json` and `video/*.mp4`; go on where an earlier call stopped."
+    folder, rows = Path(folder), []
+    key = hashlib.sha256(repr((seed, px, sorted(videos.items()))).encode()).hexdigest()[:8]
+    for i, video in enumerate(Videos(FreeScenes(n, seed=seed, px=px), **videos)):
+        name = f"video/{key}_{i:04d}.mp4"
+        if not (folder / name).is_file(): write_video(folder / name, video.frames())
+        q = video.ask("before_after", rng(seed, "mvbench", i))
+        asked = [q.words["subject"], q.words["object"]]
+        rows.append(dict(video_path=name, scene1=asked[0], scene2=asked[1], query=BEFORE_AFTER.format(**q.words),
+                         correct_order=asked if q.truth == "before" else asked[::-1], query_order=asked))
+    return write_json(folder / "mvbench_scene_queries.json", rows).parent
+
+# %% ../nbs/01_data.ipynb #3a89eaef
+SCENES = "In this video there are two scenes that occur in different order. Does the scene '{subject}' occur before or after the scene '{object}'?"
+_FROM_TO = re.compile(r"^\s*from (?:the |an? )?(?P<a>.+?),? to (?:the |an? )?(?P<b>.+?)[\s.]*$", re.I)
+
+def _marked(text, *scenes):
+    "The scenes in the order in which the text names them (in quotes, or else as whole words), and the text as a template with marks; None where it does not name both."
+    for quote in ("'", '"', ""):
+        for a, b in (scenes, scenes[::-1]):
+            a, b = (rf"(?<!\w){quote}({re.escape(s)}){quote}(?!\w)" for s in (a, b))
+            if (m := re.search(f"{a}.*{b}", text, re.I | re.S)):
+                (i, j), (k, l) = m.span(1), m.span(2)
+                plain = [s.replace("{", "{{").replace("}", "}}") for s in (text[:i], text[j:k], text[l:])]
+                return m[1], m[2], f"{plain[0]}{{subject}}{plain[1]}{{object}}{plain[2]}"
+
+def _scene_question(item, reverse):
+    "Video, subject, object, truth and template of a listed item; None where its words have another form."
+    if "query_order" in item:
+        asked = _marked(item["query"], item["scene1"], item["scene2"])
+        return asked and (item["video_path"], *asked[:2], "before" if item["query_order"] == item["correct_order"] else "after", asked[2])
+    video, m = item["video"], _FROM_TO.match(item["answer"])
+    if not m or re.search(r"\b(to|then)\b", m["b"], re.I) or m["a"].lower() == m["b"].lower(): return None # three scenes, or one
+    return (video, m["b"], m["a"], "after", SCENES) if reverse else (video, m["a"], m["b"], "before", SCENES)
+
+# %% ../nbs/01_data.ipynb #e3c3f12a
+@dataclass(frozen=True)
+class SceneRow:
+    "A question of MVBench's scene transitions: which of two scenes of a video comes first."
+    index: int # in the list
+    subject: str
+    object: str
+    truth: str
+    template: str # the question of the list, with marks
+    path: Path
+    source: object = field(repr=False)
+
+    @property
+    def kind(self) -> str: return "before_after"
+    def frames(self) -> tuple:
+        "Frames, their seconds and the duration, as `read_video`."
+        return read_video(self.path, self.source.n_frames)
+    def query(self, template:str|None=None) -> Query:
+        "The question with its frames, and with their times where the benchmark has `stamps`; `template` marks {subject} and {object}."
+        frames, *times = self.frames()
+        template = template or self.template
+        return Query(frames, stamped(template, *times) if self.source.stamps else template, dict(subject=self.subject, object=self.object), ("before", "after"), self.truth, self.kind)
+
+# %% ../nbs/01_data.ipynb #adf047b2
+_VIDEO_FOLDERS = ("video", "scene_qa", "video/scene_qa", "video/scene_qa/video", "scene_qa/video", ".")
+
+def _find_video(folder, name):
+    "Where a listed video is; None where it is not there."
+    return next((p for d in _VIDEO_FOLDERS for n in (name, Path(name).name) if (p := folder / d / n).is_file()), None)
+
+def _unpack(listed, archive, folder):
+    "The videos of a zip archive in `folder/video`, with the list beside them. ValueError for an archive that is none."
+    if folder.is_dir(): return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".unpacking-") as t:
+        new = Path(t) / "new"
+        (new / "video").mkdir(parents=True)
+        try:
+            with zipfile.ZipFile(archive) as z:
+                for member in z.infolist():
+                    name = Path(member.filename).name
+                    if name.startswith(".") or Path(name).suffix.lower() not in (".mp4", ".mkv", ".webm", ".avi", ".mov"): continue
+                    with z.open(member) as a, open(new / "video" / name, "wb") as b: shutil.copyfileobj(a, b)
+        except zipfile.BadZipFile as e: raise ValueError(f"{str(archive)!r} is no whole zip archive ({e}): delete it and fetch it again") from e
+        shutil.copyfile(listed, new / listed.name)
+        try: os.replace(new, folder)
+        except OSError:
+            if not folder.is_dir(): raise # else another process was faster
+    return folder
+
+# %% ../nbs/01_data.ipynb #24844b85
+class MVBench:
+    "MVBench's scene transitions, the authors' list, MVBench's own or one written by `write_mvbench`, as a lazy sequence of `SceneRow`."
+    def __init__(self,
+                 folder:str|Path, # holds mvbench_scene_queries.json or scene_transition.json, and the videos
+                 n_frames:int=8, # sampled from each video
+                 stamps:bool=False): # put the time of each frame before the question
+        self.folder, self.n_frames, self.stamps = Path(folder), n_frames, stamps
+        path = _find(folder, ("mvbench_scene_queries.json", "scene_transition.json", "json/scene_transition.json"), "MVBench")
+        self.rows, self.missing, self.skipped, read = [], [], [], 0 # names of videos that are not there; indices of items whose words have another form
+        try: listed = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as e: raise ValueError(f"{str(path)!r} is no JSON ({e}): fetch it again") from e
+        for i, item in enumerate(listed):
+            try: found = _scene_question(item, read % 2)
+            except (KeyError, TypeError) as e:
+                raise ValueError(f"{str(path)!r}: cannot read item {i} ({e!r}); expected video_path, scene1, scene2, query, correct_order and query_order, or video and answer") from e
+            if found is None: self.skipped.append(i); continue
+            name, *words = found
+            read += 1
+            if (video := _find_video(self.folder, name)): self.rows.append(SceneRow(i, *words, video, self))
+            elif name not in self.missing: self.missing.append(name)
+        advice = f"fetch them with MVBench.from_hub(), or put them into {str(self.folder / 'video')!r}"
+        if not self.rows: raise FileNotFoundError(f"{str(path)!r} leaves no question: {len(self.missing)} videos are missing and {len(self.skipped)} items have another form; for the videos, {advice}")
+        if self.missing: warnings.warn(f"{len(self.missing)} videos of {str(path)!r} are missing ({', '.join(self.missing[:3])}{', …' * (len(self.missing) > 3)}) and their questions are left out: {advice}", stacklevel=2)
+    def __len__(self): return len(self.rows)
+    def __getitem__(self, i): return self.rows[i]
+
+    @classmethod
+    def from_hub(cls, repo:str="OpenGVLab/MVBench", # a dataset with json/scene_transition.json and video/scene_qa.zip
+                 cache:str|Path|None=None, # folder for the download and the videos; None for the Hub's own
+                 n_frames:int=8, stamps:bool=False) -> "MVBench":
+        "MVBench from the Hub, fetched and unpacked once. OSError where it cannot be fetched."
+        try: listed, archive = (Path(hf_hub_download(repo, name, repo_type="dataset", cache_dir=cache)) for name in ("json/scene_transition.json", "video/scene_qa.zip"))
+        except Exception as e: # the Hub's client has many
+            raise OSError(f"cannot fetch MVBench from the Hub's dataset {repo!r} ({type(e).__name__}): go online, accept the terms on its page and set HF_TOKEN, or give MVBench a local folder") from e
+        key = hashlib.sha256(repr((repo, *((p.resolve().name, p.stat().st_size) for p in (listed, archive)))).encode()).hexdigest()[:12]
+        return cls(_unpack(listed, archive, Path(cache or HF_HOME) / f"spatialid-mvbench-{key}"), n_frames, stamps)

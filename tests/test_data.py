@@ -1,13 +1,17 @@
 "Properties of the generator, and what it says of bad input."
 import json
+import wave
+import zipfile
 from itertools import permutations
 
+import av
 import numpy as np
 import pytest
 from PIL import Image
 
-from spatialid.data import (COLOURS, KINDS, OBJECTS, PLACES, Benchmark, FreeScenes, GridScenes, Objects, Thing, Videos, background, between, grid_pairs, noise_background, own_colour,
-                            paste, place, relation, write_benchmark)
+import spatialid.data
+from spatialid.data import (COLOURS, KINDS, OBJECTS, PLACES, SCENES, Benchmark, FreeScenes, GridScenes, MVBench, Objects, Thing, Videos, background, between, grid_pairs,
+                            noise_background, own_colour, paste, place, read_video, relation, stamped, write_benchmark, write_mvbench, write_video)
 from spatialid.results import bootstrap, rng
 
 pixels = lambda im: np.asarray(im).astype(int)
@@ -225,3 +229,182 @@ def test_the_benchmark_is_written_by_one_command(tmp_path, capsys):
     from spatialid.rerun import main
     assert main(["benchmark", str(tmp_path / "b"), "--rows", "12", "--px", "96"]) == 0
     assert len(Benchmark(tmp_path / "b")) == 12 and Benchmark(tmp_path / "b")[0].image().size == (96, 96)
+
+
+def clip(n=16, size=(48, 32)):
+    "Frames that tell their number: grey level 20 + 10·k."
+    return [Image.new("RGB", size, (20 + 10 * k,) * 3) for k in range(n)]
+
+def numbers(frames):
+    "Which frame of `clip` each one is."
+    return [round((pixels(f).mean() - 20) / 10) for f in frames]
+
+
+def test_frames_come_back_in_order_with_their_times(tmp_path):
+    frames, seconds, duration = read_video(write_video(tmp_path / "a.mp4", clip()))
+    assert numbers(frames) == [0, 2, 4, 6, 8, 10, 12, 15] and all(f.mode == "RGB" and f.size == (48, 32) for f in frames)
+    assert seconds == pytest.approx([0, 1, 2, 3, 4, 5, 6, 7.5]) and duration == pytest.approx(8)
+    frames, seconds, duration = read_video(write_video(tmp_path / "b.mp4", clip(3), fps=12.5), 5)
+    assert numbers(frames) == [0, 0, 1, 1, 2] and seconds == pytest.approx([0, 0, .08, .08, .16]) and duration == pytest.approx(.24)
+    assert numbers(read_video(tmp_path / "a.mp4", 1)[0]) == [0]
+
+
+def test_what_the_codec_changes(tmp_path):
+    made = Videos(FreeScenes(3, seed=4, px=81, things=(2, 3)))[0].frames()
+    frames, _, _ = read_video(write_video(tmp_path / "odd.mp4", made))
+    assert frames[0].size == (82, 82), "an odd side grows by one pixel"
+    for a, b in zip(made, frames):
+        assert np.abs(pixels(a) - pixels(b)[:81, :81]).mean() < 4
+        assert np.abs(pixels(b)[:, 81] - pixels(b)[:, 80]).mean() < 8 and np.abs(pixels(b)[81] - pixels(b)[80]).mean() < 8
+    assert not list(tmp_path.glob(".*")), "nothing half-written is left"
+
+
+def test_frames_are_counted_not_believed(tmp_path):
+    def write(path, cut, **options):
+        with av.open(str(path), "w", options=options) as file:
+            stream = file.add_stream("libx264", rate=4, options=dict(bf="0"))
+            stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
+            for p in [p for f in clip() for p in stream.encode(av.VideoFrame.from_image(f))] + stream.encode():
+                p.pts, p.dts = p.pts - cut, p.dts - cut
+                file.mux(p)
+        with av.open(str(path)) as file: return file.streams.video[0].frames
+    assert write(tmp_path / "a.mkv", 0) == 0, "no number in the header"
+    assert numbers(read_video(tmp_path / "a.mkv")[0]) == [0, 2, 4, 6, 8, 10, 12, 15]
+    assert write(tmp_path / "late.mkv", -8) == 0, "begins after 2 seconds"
+    _, seconds, duration = read_video(tmp_path / "late.mkv", 2)
+    assert seconds == pytest.approx([0, 3.75]) and duration == pytest.approx(4)
+    assert write(tmp_path / "a.mp4", 6, use_editlist="1", avoid_negative_ts="disabled") == 16, "an edit list hides the first 6"
+    frames, seconds, duration = read_video(tmp_path / "a.mp4", 4)
+    assert numbers(frames) == [6, 9, 12, 15] and seconds == pytest.approx([0, .75, 1.5, 2.25]) and duration == pytest.approx(2.5)
+
+
+def test_what_is_no_video_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no video .*gone.mp4"): read_video(tmp_path / "gone.mp4")
+    (tmp_path / "text.mp4").write_text("no video at all " * 99)
+    whole = write_video(tmp_path / "a.mp4", clip()).read_bytes()
+    (tmp_path / "half.mp4").write_bytes(whole[:len(whole) // 2])
+    (tmp_path / "empty.mp4").write_bytes(b"")
+    with wave.open(str(tmp_path / "sound.wav"), "wb") as w: w.setnchannels(1), w.setsampwidth(2), w.setframerate(8000), w.writeframes(b"00" * 999)
+    for name in ("text.mp4", "half.mp4", "empty.mp4", "sound.wav"):
+        with pytest.raises(ValueError, match=f"cannot decode .*{name}.*: the file is no video, or damaged"): read_video(tmp_path / name)
+    with pytest.raises(ValueError, match="n_frames must be at least 1"): read_video(tmp_path / "a.mp4", 0)
+    with pytest.raises(ValueError, match="frames of one size, not 2 frames"): write_video(tmp_path / "b.mp4", [Image.new("RGB", (8, 8)), Image.new("RGB", (9, 8))])
+    with pytest.raises(ValueError, match="frames of one size, not 0 frames"): write_video(tmp_path / "b.mp4", [])
+    with pytest.raises(ValueError, match="fps must be above 0"): write_video(tmp_path / "b.mp4", clip(2), fps=0)
+    assert not (tmp_path / "b.mp4").exists()
+
+
+def test_time_stamps_stand_before_the_question():
+    assert stamped("Is the {subject} {{here}}?", [0, 1, 2.5], 3) == (
+        "The video lasts for 3.00 seconds, and 3 frames are uniformly sampled from it. These frames are located at 0.00s,1.00s,2.50s. "
+        "Please answer the following questions related to this video.\nIs the {subject} {{here}}?")
+
+
+def test_mvbench_round_trip(tmp_path):
+    folder = write_mvbench(tmp_path / "m", n=6, seed=3, px=48, vanish=.3)
+    videos = Videos(FreeScenes(6, seed=3, px=48), vanish=.3)
+    listed = json.loads((folder / "mvbench_scene_queries.json").read_text())
+    assert set(listed[0]) == {"video_path", "scene1", "scene2", "query", "correct_order", "query_order"}
+    b = MVBench(folder)
+    assert len(b) == 6 and not b.missing and not b.skipped and {r.truth for r in b} == {"before", "after"}
+    for video, row in zip(videos, b):
+        q = row.query()
+        assert q.truth == row.truth == ("before" if video.appears[row.subject] < video.appears[row.object] else "after") and q.kind == "before_after" and q.answers == ("before", "after")
+        assert q.text == video.query(row.subject, row.object).text and len(q.image) == 8
+        assert max(np.abs(pixels(x) - pixels(y)).mean() for x, y in zip(q.image, video.frames())) < 6
+    q = MVBench(folder, n_frames=4, stamps=True)[0].query("Is the {subject} {{early}}, before the {object}?")
+    assert q.text.startswith("The video lasts for 4.00 seconds, and 4 frames are uniformly sampled from it. These frames are located at 0.00s,1.00s,2.00s,3.50s. Please")
+    assert q.text.endswith(f"\nIs the {b[0].subject} {{early}}, before the {b[0].object}?") and len(q.image) == 4
+    assert {mark: [q.text[i:j] for i, j in at] for mark, at in q.spans.items()} == dict(subject=[b[0].subject], object=[b[0].object])
+
+
+def test_writing_mvbench_goes_on_where_it_stopped(tmp_path):
+    first = sorted((write_mvbench(tmp_path, n=2, px=32) / "video").iterdir())
+    first[0].write_bytes(b"kept"), first[1].unlink()
+    assert len(MVBench(write_mvbench(tmp_path, n=3, px=32))) == 3
+    assert first[0].read_bytes() == b"kept" and first[1].is_file()
+    MVBench(write_mvbench(tmp_path, n=3, px=34))[0].query() # another set has other files, and none of the first
+
+
+def answers_to(folder, *items, videos=("a.mp4",), under="video"):
+    "A folder with MVBench's own list of these (video, answer) and some videos."
+    (folder / "json").mkdir(parents=True)
+    (folder / "json" / "scene_transition.json").write_text(json.dumps([dict(video=v, question="What's the right option for how the scenes in the video change?", candidates=[a], answer=a) for v, a in items]))
+    for v in videos: write_video(folder / under / v, clip(2, (16, 16)))
+    return folder
+
+
+def test_mvbench_s_own_list(tmp_path):
+    folder = answers_to(tmp_path / "m", ("a.mp4", "From the kitchen to the bedroom."), ("a.mp4", "From the hall to the garden to the street."), ("a.mp4", "From a car's {back} seat to the \"Red 'Lion'\"."),
+                        ("a.mp4", "It gets dark."), ("a.mp4", "From office to the roof"), ("a.mp4", "From the sea to the sea."), ("a.mp4", "From the bar, then the road, to the car, then home."), under="video/scene_qa/video")
+    b = MVBench(folder)
+    assert [(r.index, r.subject, r.truth, r.object) for r in b] == [(0, "kitchen", "before", "bedroom"), (2, "\"Red 'Lion'\"", "after", "car's {back} seat"), (4, "office", "before", "roof")]
+    assert b.skipped == [1, 3, 5, 6]
+    for r in b:
+        q = r.query()
+        assert q.text == SCENES.replace("{subject}", r.subject).replace("{object}", r.object)
+        assert {mark: [q.text[i:j] for i, j in at] for mark, at in q.spans.items()} == dict(subject=[r.subject], object=[r.object])
+
+
+def test_the_authors_list_with_any_names(tmp_path):
+    row = lambda a, b, query, order, asked: dict(video_path="data/mvbench/video/a.mp4", scene1=a, scene2=b, query=query, correct_order=order, query_order=asked)
+    kitchen, table = "kitchen", "kitchen table"
+    rows = [row("scene", "it's a {bar}", "In this video there are two scenes. Does the scene 'scene' occur before or after the scene 'it's a {bar}'?", [1, 2], [1, 2]),
+            row(kitchen, table, f"Is {{x}} right: does the {table} occur before or after the {kitchen}?", [kitchen, table], [table, kitchen]),
+            row(kitchen, table, "Which comes first?", 1, 1),
+            row("tree", "car", "In this street, does the tree occur before or after the car?", 0, 0),
+            row("Kitchen", "hall", 'Does "kitchen" occur before or after "hall"?', "Kitchen, hall", "Kitchen, hall")]
+    (tmp_path / "mvbench_scene_queries.json").write_text(json.dumps(rows))
+    write_video(tmp_path / "video" / "a.mp4", clip(2, (16, 16)))
+    b = MVBench(tmp_path)
+    assert [(r.subject, r.truth, r.object) for r in b] == [("scene", "before", "it's a {bar}"), (table, "after", kitchen), ("tree", "before", "car"), ("kitchen", "before", "hall")] and b.skipped == [2]
+    for r, listed in zip(b, rows[:2] + rows[3:]):
+        q = r.query()
+        assert q.text == listed["query"] and [q.text[i:j] for at in q.spans.values() for i, j in at] == [r.subject, r.object]
+    assert b[0].query().spans["subject"][0][0] == rows[0]["query"].index("'scene'") + 1, "the scene in quotes, not the word before it"
+    assert b[2].query().spans["subject"][0][0] == rows[3]["query"].index("tree occur"), "a word, not the end of another"
+
+
+@pytest.mark.parametrize("under", ["video", "scene_qa", "video/scene_qa", "."])
+def test_missing_videos_are_named(tmp_path, under):
+    folder = answers_to(tmp_path / "m", *((f"{v}.mp4", f"From the {v} to the x.") for v in "bcacbde"), under=under)
+    with pytest.warns(UserWarning, match=r"4 videos of .* are missing \(b.mp4, c.mp4, d.mp4, …\).*from_hub"): b = MVBench(folder)
+    assert b.missing == ["b.mp4", "c.mp4", "d.mp4", "e.mp4"] and [(r.index, r.subject, r.truth) for r in b] == [(2, "a", "before")]
+    next(folder.rglob("a.mp4")).unlink()
+    with pytest.raises(FileNotFoundError, match="leaves no question: 5 videos are missing and 0 items"): MVBench(folder)
+
+
+def test_a_wrong_mvbench_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no folder"): MVBench(tmp_path / "gone")
+    with pytest.raises(FileNotFoundError, match="holds no MVBench; looked for mvbench_scene_queries.json"): MVBench(tmp_path)
+    path = tmp_path / "mvbench_scene_queries.json"
+    for text, words in (("{", "is no JSON"), ('[{"video_path": 1}]', "cannot read item 0.*'video'.*expected video_path"), ('["a"]', "cannot read item 0"), ("[]", "leaves no question")):
+        path.write_text(text)
+        with pytest.raises((ValueError, FileNotFoundError), match=words): MVBench(tmp_path)
+
+
+def test_mvbench_from_the_hub(tmp_path, monkeypatch):
+    folder, hub = answers_to(tmp_path / "m", ("a.mp4", "From the kitchen to the bedroom."), under="."), tmp_path / "hub"
+    archive = folder / "video" / "scene_qa.zip"
+    archive.parent.mkdir()
+    with zipfile.ZipFile(archive, "w") as z:
+        z.write(folder / "a.mp4", "../../scene_qa/video/a.mp4")
+        for name in ("__MACOSX/._a.mp4", "/etc/evil.sh", "notes.txt"): z.writestr(name, "x")
+    asked = []
+    def download(repo, name, repo_type, cache_dir):
+        asked.append((repo, name, repo_type, cache_dir))
+        return str(folder / name)
+    monkeypatch.setattr(spatialid.data, "hf_hub_download", download)
+    b = MVBench.from_hub(cache=hub, n_frames=3, stamps=True)
+    assert asked == [("OpenGVLab/MVBench", name, "dataset", hub) for name in ("json/scene_transition.json", "video/scene_qa.zip")]
+    assert b[0].subject == "kitchen" and len(b[0].query().image) == 3 and "located at" in b[0].query().text
+    assert sorted(p.name for p in tmp_path.rglob("*") if p.is_file() and folder not in p.parents) == ["a.mp4", "scene_transition.json"] and b[0].path.is_relative_to(hub)
+    before = b[0].path.stat().st_mtime_ns
+    assert MVBench.from_hub(cache=hub)[0].path.stat().st_mtime_ns == before, "unpacked once"
+    archive.write_bytes(archive.read_bytes()[:50])
+    with pytest.raises(ValueError, match="no whole zip archive"): MVBench.from_hub(cache=hub)
+    assert len(list(hub.iterdir())) == 1, "nothing half-unpacked is left"
+
+
+def test_without_the_hub(tmp_path):
+    with pytest.raises(OSError, match="cannot fetch MVBench from the Hub's dataset 'OpenGVLab/MVBench'.*HF_TOKEN, or give MVBench a local folder"): MVBench.from_hub(cache=tmp_path)
