@@ -7,7 +7,7 @@ __all__ = ['GLYPHS', 'OBJECTS', 'COLOURS', 'LEFT_RIGHT', 'ABOVE_BELOW', 'KINDS',
            'VIDEO_KINDS', 'TIMES', 'STAMPS', 'SCENES', 'Objects', 'own_colour', 'paste', 'noise_background',
            'background', 'grid_pairs', 'GridScene', 'GridScenes', 'Thing', 'relation', 'between', 'place', 'Scene',
            'question_texts', 'FreeScenes', 'write_benchmark', 'Row', 'Benchmark', 'moment', 'Video', 'Videos',
-           'write_video', 'read_video', 'stamped', 'write_mvbench', 'SceneRow', 'MVBench']
+           'GridVideo', 'GridVideos', 'write_video', 'read_video', 'stamped', 'write_mvbench', 'SceneRow', 'MVBench']
 
 # %% ../nbs/01_data.ipynb #3c66032d
 import hashlib
@@ -684,6 +684,58 @@ class Videos:
                 x, y = np.clip(np.array([o.x, o.y]) + g.uniform(-.5, .5, 2), o.size / 2, 1 - o.size / 2)
                 moves[o.name] = (float(x - o.x), float(y - o.y))
         return Video(scene, at, self.n_frames, vanishes, moves)
+
+# %% ../nbs/01_data.ipynb #9510b830
+@dataclass(frozen=True)
+class GridVideo:
+    "One video of the extraction set: `b` appears at frame `b_cell[0] + 1` and place `b_cell[1]`, and is asked about; `a` is the reference."
+    a: str
+    b: str
+    a_cell: tuple # (frame − 1, place from the left)
+    b_cell: tuple
+    size: int # long side of the objects, pixels
+    index: int
+    source: object = field(repr=False)
+
+    def video(self) -> Video:
+        "Both objects at half height, each in its third of the picture."
+        s = self.source
+        colour = s.scenes.objects.colour
+        things = tuple(Thing(name, colour(name), (x + .5) / s.shape[0], .5, self.size / s.scenes.px, 2., True) for name, (_, x) in ((self.a, self.a_cell), (self.b, self.b_cell)))
+        return Video(Scene(things, .3, self.index, s.scenes), {self.a: self.a_cell[0] + 1, self.b: self.b_cell[0] + 1}, s.shape[1])
+    def image(self) -> Image.Image:
+        "The frames side by side."
+        return Image.fromarray(np.concatenate([np.asarray(frame) for frame in self.video().frames()], 1))
+    def query(self, template:str=BEFORE_AFTER) -> Query: # must mark {subject} and {object}
+        "The question about b, with its video."
+        return self.video().query(self.b, self.a, template)
+
+# %% ../nbs/01_data.ipynb #12ec907c
+class GridVideos:
+    "The extraction set in time as a lazy sequence of `GridVideo`, pair by pair. A reference in every frame, its place going round; b in every other frame and place."
+    def __init__(self,
+        pairs:list, # [(a, b), …]: a is the reference, b is asked about
+        n_frames:int=8,
+        places:int=3, # side by side
+        px:int=80, # side of the frames
+        size:float=.28, # long side of an object, of the side of the frame
+        seed:int=0, # of the backdrops
+        **world, # background and objects, see `FreeScenes`
+    ):
+        self.pairs, self.shape, self.size = [tuple(p) for p in pairs], (places, n_frames), round(size * px)
+        self.scenes = FreeScenes(10**12, seed=f"{seed}/grid videos", px=px, **world)
+        cells = [(f, x) for x in range(places) for f in range(n_frames)]
+        self.cells = [((f, (f + turn) % places), b) for turn in range(places) for f in range(n_frames) for b in cells if b[0] != f and b[1] != (f + turn) % places]
+    def __len__(self): return len(self.pairs) * len(self.cells) // self.shape[0]
+    def __getitem__(self, i):
+        if not 0 <= i < len(self): raise IndexError(i)
+        each = len(self.cells) // self.shape[0] # a third of the references for each pair, another third for the next
+        pair, k = divmod(i, each)
+        a, b = self.cells[pair % self.shape[0] * each + k]
+        return GridVideo(*self.pairs[pair], a, b, self.size, i, self)
+    def describe(self) -> dict:
+        "What determines every video, for provenance."
+        return dict(pairs=len(self.pairs), objects=sorted({n for p in self.pairs for n in p}), frames=self.shape[1], places=self.shape[0], px=self.scenes.px, size=self.size, seed=self.scenes.seed)
 
 # %% ../nbs/01_data.ipynb #594c0d4b
 _CRF = 8 # of x264: 0 is lossless, 23 its default

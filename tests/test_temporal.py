@@ -11,7 +11,7 @@ from scipy.stats import spearmanr
 from tiny import tiny
 
 from spatialid import rerun, temporal as tm
-from spatialid.data import BEFORE_AFTER, FreeScenes, Videos
+from spatialid.data import BEFORE_AFTER, FreeScenes, GridVideos, Videos
 from spatialid.extraction import SpatialIDs, extract, grid_axes, grid_statistics, orthonormal
 from spatialid.hooks import VLM, Query
 from spatialid.sweeps import in_float64
@@ -54,7 +54,7 @@ def test_order_questions():
 # --- the extraction set
 
 def test_grid_videos():
-    grid = tm.GridVideos([("cup", "star"), ("star", "cup"), ("cat", "cup")], px=48)
+    grid = GridVideos([("cup", "star"), ("star", "cup"), ("cat", "cup")], px=48)
     each = len(grid) // 3
     assert each == 8 * 7 * 2 and grid.shape == (3, 8)
     for pair in range(3):
@@ -76,7 +76,7 @@ def test_grid_videos():
 def test_extraction_in_time_is_its_definition():
     "Eq. 2-4 by loops over single questions in float64, on a grid of 4 frames and 3 places, against `extract`."
     vlm = in_float64(VLM(*tiny("llava_onevision")))
-    grid = tm.GridVideos([("cup", "star"), ("cat", "star"), ("star", "cup")], n_frames=4, px=16)
+    grid = GridVideos([("cup", "star"), ("cat", "star"), ("star", "cup")], n_frames=4, px=16)
     ids = extract(vlm, grid, progress=False, template=BEFORE_AFTER, batch_size=7)
     each, slow = len(grid) // 3, {}
     for pair, (a, b) in enumerate(grid.pairs):
