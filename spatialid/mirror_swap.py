@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OPPOSITE', 'COLOUR', 'GROUP_COLOURS', 'left_right', 'mirrored', 'recolour', 'recoloured', 'colour_pair',
            'colour_pairs', 'released_text', 'figure4_groups', 'touching', 'object_spans', 'whole_objects',
-           'text_but_objects', 'question_words', 'random_words', 'belief_follows', 'told', 'Curves', 'curves', 'third',
+           'text_but_objects', 'question_words', 'random_words', 'belief_follows', 'Curves', 'curves', 'third',
            'mean_over', 'crossing', 'peak', 'band', 'width', 'estimate', 'plot_curves', 'frame', 'ticks', 'moved',
            'signal_to_noise', 'released_shift', 'belief_figure', 'share_in_middle', 'size_of']
 
@@ -179,14 +179,6 @@ def belief_follows(
     other = s.source_log_probs.argmax(1).numpy() == (1 - s.truth if flips else s.truth)
     shares = {"base": right, "source": other, "both": right & other}
     return {name: bootstrap(share.astype(float), seed=seed) for name, share in shares.items()}
-
-def told(
-    one:dict, # {value, low, high}
-    digits:int=2,
-)->str:
-    "A number with its interval, as text."
-    if one["value"] is None: return "none"
-    return f"{one['value']:.{digits}f}" + ("" if one["low"] is None else f" [{one['low']:.{digits}f}, {one['high']:.{digits}f}]")
 
 # %% ../nbs/02_mirror_swap.ipynb #2673ecc4
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from PIL import Image
 from spatialid import mirror_swap as ms
 from spatialid.data import Benchmark, FreeScenes, write_benchmark
 from spatialid.hooks import VLM, Query
-from spatialid.results import rng
+from spatialid.results import rng, told
 from spatialid.sweeps import sweep
 from tiny import tiny, tiny_llava
 
@@ -219,7 +219,7 @@ def test_estimate_counts_draws_without_a_value():
     one = ms.estimate(np.array([2., 1, 3, np.nan, np.nan]), 7)
     assert one["value"] == 2 and 1 <= one["low"] <= one["high"] <= 3 and (one["n"], one["none"]) == (7, .5)
     assert ms.estimate(np.full(5, np.nan), 7) == {"value": None, "low": None, "high": None, "n": 7, "none": 1.0}
-    assert ms.told(ms.estimate(np.full(5, np.nan), 7)) == "none" and ms.told(one, 1).startswith("2.0 [")
+    assert told(ms.estimate(np.full(5, np.nan), 7)) == "none" and told(one, 1).startswith("2.0 [")
 
 
 @pytest.mark.parametrize("low, high, expected", [(.1, .3, (.2, .1, .3)), (-.3, -.1, (.2, .1, .3)), (-.1, .3, (.1, 0, .3))])
