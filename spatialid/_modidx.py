@@ -725,6 +725,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'spatialid.theory.grid_of': ('theory.html#grid_of', 'spatialid/theory.py'),
                                   'spatialid.theory.in_cell': ('theory.html#in_cell', 'spatialid/theory.py'),
                                   'spatialid.theory.left_out': ('theory.html#left_out', 'spatialid/theory.py'),
+                                  'spatialid.theory.line_of': ('theory.html#line_of', 'spatialid/theory.py'),
                                   'spatialid.theory.linear_encoding': ('theory.html#linear_encoding', 'spatialid/theory.py'),
                                   'spatialid.theory.low_rank': ('theory.html#low_rank', 'spatialid/theory.py'),
                                   'spatialid.theory.plane': ('theory.html#plane', 'spatialid/theory.py'),
@@ -735,4 +736,5 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'spatialid.theory.rotary_index': ('theory.html#rotary_index', 'spatialid/theory.py'),
                                   'spatialid.theory.square': ('theory.html#square', 'spatialid/theory.py'),
                                   'spatialid.theory.toy': ('theory.html#toy', 'spatialid/theory.py'),
+                                  'spatialid.theory.why': ('theory.html#why', 'spatialid/theory.py'),
                                   'spatialid.theory.written': ('theory.html#written', 'spatialid/theory.py')}}}

@@ -226,8 +226,8 @@ class GridScene:
     def query(self, template:str=LEFT_RIGHT, # must mark {subject}; may mark {object}
               ) -> Query: # truth is None where the two share the column
         "The question about b, with its image."
-        dx = self.b_cell[0] - self.a_cell[0]
-        return Query(self.image(), template, dict(subject=self.b, object=self.a), ("left", "right"),
+        dx, words = self.b_cell[0] - self.a_cell[0], dict(subject=self.b, object=self.a)
+        return Query(self.image(), template, {mark: word for mark, word in words.items() if f"{{{mark}}}" in template}, ("left", "right"),
                      None if dx == 0 else "left" if dx < 0 else "right", "left_right")
 
 # %% ../nbs/01_data.ipynb #7d6e818f
