@@ -728,6 +728,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'spatialid.theory.line_of': ('theory.html#line_of', 'spatialid/theory.py'),
                                   'spatialid.theory.linear_encoding': ('theory.html#linear_encoding', 'spatialid/theory.py'),
                                   'spatialid.theory.low_rank': ('theory.html#low_rank', 'spatialid/theory.py'),
+                                  'spatialid.theory.main': ('theory.html#main', 'spatialid/theory.py'),
                                   'spatialid.theory.plane': ('theory.html#plane', 'spatialid/theory.py'),
                                   'spatialid.theory.plant': ('theory.html#plant', 'spatialid/theory.py'),
                                   'spatialid.theory.pooled': ('theory.html#pooled', 'spatialid/theory.py'),

@@ -6,9 +6,11 @@
 __all__ = ['LEARNED', 'ROTARY', 'PLANTED', 'SOURCES', 'WHY', 'pooled', 'directions', 'low_rank', 'left_out', 'dealt_out',
            'explained', 'square', 'encodings', 'rotary_index', 'Tiles', 'TileScenes', 'Planted', 'plant', 'plane',
            'linear_encoding', 'grid_of', 'in_cell', 'written', 'by_head', 'Means', 'Written', 'decompose',
-           'from_weights', 'composed', 'agreement', 'compared', 'read_out', 'r_squared', 'line_of', 'why', 'toy']
+           'from_weights', 'composed', 'agreement', 'compared', 'read_out', 'r_squared', 'line_of', 'why', 'main',
+           'toy']
 
 # %% ../nbs/09_theory.ipynb #0dd24c71
+import argparse
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from math import isqrt
@@ -544,6 +546,20 @@ def why(
             runs.append({"arm": arm, "seed": seed, "log": training_log(folder)[-1], "ids": line_of(vlm, seed, px=recipe.px)})
             write_json(path, {"provenance": provenance(vlm, seed=seed, seeds=seeds), "recipes": {a: asdict(r) for a, r in recipes.items()}, "runs": runs})
     return path
+
+# %% ../nbs/09_theory.ipynb #7991c474
+def main(argv:list|None=None):
+    "`python -m spatialid.theory why`: train one recipe with two kinds of supervision and measure whether the IDs are linear."
+    p = argparse.ArgumentParser("spatialid.theory", description=main.__doc__, epilog="example: python -m spatialid.theory why --seeds 3")
+    p.add_argument("action", choices=("why",))
+    p.add_argument("--out", default=".work/why", help="folder of the training runs (default %(default)s)")
+    p.add_argument("--seeds", type=int, default=3, help="runs of each kind (default %(default)s)")
+    a = p.parse_args(argv)
+    try: print(why(a.out, a.seeds))
+    except KeyboardInterrupt: raise SystemExit("stopped; the same command goes on from the last checkpoint")
+
+# %% ../nbs/09_theory.ipynb #aef834dc
+if __name__ == "__main__" and "__file__" in globals(): main()
 
 # %% ../nbs/09_theory.ipynb #7c7aebb4
 def toy(
