@@ -439,6 +439,7 @@ def train(name:str, # a key of RECIPES
     if accelerator.device.type == "cpu": model.set_attn_implementation("eager") # half the time in bfloat16
     model, align = model.to(accelerator.device), align.to(accelerator.device)
     first, step, spent = _read_where(path, recipe)
+    if first == len(recipe.stages): _load_state(path, (model, align), None, False) # a finished run
     for k, stage in enumerate(recipe.stages):
         if k < first: continue
         optimizer = torch.optim.AdamW([*model.parameters(), *align.parameters()], lr=stage.lr, betas=(.9, .98), weight_decay=.02)

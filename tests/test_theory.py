@@ -329,3 +329,27 @@ def test_questions_shape_the_toy():
     r2 = {asked: float(grid_statistics((lambda v: v @ v.T)(th.toy(asked, 0, steps=200)))["r2"]) for asked in ("relations", "cells")}
     assert r2["relations"] > 0.9 and r2["cells"] < 0.4
     assert np.array_equal(th.toy("both", 1, steps=3), th.toy("both", 1, steps=3)) and not np.array_equal(th.toy("both", 1, steps=3), th.toy("both", 2, steps=3))
+
+
+def test_why_linear_trains_both_kinds_from_one_first_stage(tmp_path, monkeypatch):
+    "Tiny recipes: the first stage is trained once for a seed, the second arm goes on from it, and a second call finds everything done."
+    import json
+    from dataclasses import replace
+    from safetensors.torch import load_file
+    from spatialid.organisms import CELLS, Recipe, Stage, Steps, build
+    monkeypatch.setenv("SPATIALID_RESULTS", str(tmp_path))
+    parts = dict(vision_width=32, width=32, vision_blocks=1, blocks=2, heads=2, intermediate=48, cells=True)
+    small = {arm: Recipe(**parts, stages=(Stage("recognise", 2, 4, 1e-3), *(replace(s, steps=2, batch=4) for s in r.stages[1:]))) for arm, r in th.WHY.items()}
+    assert len({repr(replace(r, stages=r.stages[:1])) for r in th.WHY.values()}) == 1
+    made = json.loads(th.why(tmp_path / "runs", 1, small).read_text())
+    assert [r["arm"] for r in made["runs"]] == list(th.WHY) and all(set(r["ids"]) == {th.WHERE, th.LEFT_RIGHT} and 0 <= r["ids"][th.WHERE]["r2"]["value"] <= 1 for r in made["runs"])
+    logs = [[json.loads(line)["stage"] for line in (tmp_path / "runs" / "seed 0" / name / "log.jsonl").read_text().splitlines()] for name in ("first", *th.WHY)]
+    assert logs == [["recognise"], ["point", "relate"], ["point", "relate"]]
+    again = json.loads(th.why(tmp_path / "runs", 1, small).read_text())
+    assert [r["ids"] for r in again["runs"]] == [r["ids"] for r in made["runs"]]
+    # what the arms are asked
+    _, processor = build(next(iter(small.values())))
+    steps = {arm: Steps(processor, r, r.stages[1]) for arm, r in small.items()}
+    words = {arm: {q[2] for i in range(40) for q in s.questions(s.item(i), np.random.default_rng(i))} for arm, s in steps.items()}
+    assert words["sixteen unrelated words"] == {w for row in CELLS for w in row} and "top left" in words["people's words, relations"]
+    assert all(len(processor.tokenizer(f" {w}", add_special_tokens=False).input_ids) == 1 for row in CELLS for w in row)
