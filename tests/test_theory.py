@@ -350,6 +350,6 @@ def test_why_linear_trains_both_kinds_from_one_first_stage(tmp_path, monkeypatch
     # what the arms are asked
     _, processor = build(next(iter(small.values())))
     steps = {arm: Steps(processor, r, r.stages[1]) for arm, r in small.items()}
-    words = {arm: {q[2] for i in range(40) for q in s.questions(s.item(i), np.random.default_rng(i))} for arm, s in steps.items()}
+    words = {arm: {q[2] for i in range(300) for q in s.questions(s.item(i), np.random.default_rng(i))} for arm, s in steps.items()}
     assert words["sixteen unrelated words"] == {w for row in CELLS for w in row} and "top left" in words["people's words, relations"]
     assert all(len(processor.tokenizer(f" {w}", add_special_tokens=False).input_ids) == 1 for row in CELLS for w in row)
