@@ -363,7 +363,7 @@ def _parser():
     run.add_argument("--model", help="bundled name, folder or Hub id (default: the notebook's own)")
     run.add_argument("-p", dest="params", action="append", default=[], metavar="NAME=VALUE", help="a parameter of the notebook; may be repeated")
     rep = add("reproduce", "Execute every experiment that is not done yet, then print the claims", "spatialid reproduce --models llava-tiny,llava-tiny-early")
-    rep.add_argument("--models", default="llava-tiny", help="names separated by commas, or all for every bundled model (default: %(default)s)")
+    rep.add_argument("--models", default="llava-tiny,onevision-tiny", help="names separated by commas, or all for every bundled model (default: %(default)s)")
     cla = add("claims", "Compare the results with the paper's claims", "spatialid claims --model llava-tiny --json")
     cla.add_argument("--model", default="llava-tiny", help="whose results (default: %(default)s)")
     form = cla.add_mutually_exclusive_group()
