@@ -17,7 +17,7 @@ reproduce: env
 	$(BIN)/spatialid reproduce
 
 test: env
-	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 tests
+	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist worksteal tests
 
 docs: env
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/make_docs.py
