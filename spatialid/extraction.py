@@ -389,7 +389,7 @@ def index_scenes(scenes)->SceneIndex:
         p, s, cell = np.argwhere(~shown)[0]
         raise ValueError(f"pair {list(pairs)[p]} never shows the object in cell {(int(cell % m), int(cell // m))} at size {sizes[s]}: "
                          "every cell needs an image, so use all cells of the object and at least two of the reference")
-    return SceneIndex(list(pairs), sizes, m, tall, pair, size.astype(np.int8), a.astype(np.int8), b.astype(np.int8))
+    return SceneIndex(list(pairs), sizes, m, tall, pair, size.astype(np.int8), a.astype(np.int16), b.astype(np.int16))
 
 # %% ../nbs/03_extraction.ipynb #a4bed046
 def new_state(index:SceneIndex, n_layers:int, n_kept:int, d:int, dtype)->dict[str, np.ndarray]:
