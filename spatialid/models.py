@@ -30,6 +30,7 @@ def checkpoints(
 ) -> list: # entries of the training log whose weights were kept
     "Checkpoints of a run, from the first stage with relations on. FileNotFoundError where there is no such run."
     if name not in RECIPES: raise ValueError(f"no recipe {name!r}; there are: {', '.join(RECIPES)}")
+    if RECIPES[name].frames: raise ValueError(f"{name} watches videos, and Fig. 9 asks about pictures: take another organism")
     asked = {s.name for s in RECIPES[name].stages if s.relations}
     log = [e for e in training_log(out) if e["stage"] in asked]
     return [e for e in log if (e["step"] % every == 0 or e is log[-1]) and weights_of(out, e).is_file()]

@@ -107,3 +107,8 @@ def test_rank_correlation_is_spearmans():
     covered = [one["low"] < 0 < one["high"] for i in range(20) for one in [rank_correlation(*np.random.default_rng(i).standard_normal((2, 30)), n=200)]]
     assert 16 <= sum(covered) <= 20
     assert rank_correlation([1, 2, 3, 4], [1, 1, 1, 1])["value"] == 0
+
+
+def test_a_video_organism_is_no_point_of_fig9(tmp_path):
+    from spatialid.models import checkpoints
+    with pytest.raises(ValueError, match="onevision-tiny watches videos"): checkpoints("onevision-tiny", tmp_path)
