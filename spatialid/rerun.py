@@ -9,8 +9,11 @@ __all__ = ['OPS', 'JSON_KEYS', 'UsageError', 'RunError', 'notebooks_dir', 'noteb
            'figures_of', 'model_page', 'main', 'models_text']
 
 # %% ../nbs/11_rerun.ipynb #46b72622
-import argparse, ast, hashlib, json, logging, os, re, shutil, sys, textwrap, time
+import argparse, ast, hashlib, json, logging, os, re, shutil, signal, sys, textwrap, time
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from functools import lru_cache
+from multiprocessing import active_children, get_context
 from pathlib import Path
 
 import nbformat
@@ -128,7 +131,6 @@ def run_notebook(
 ) -> Path: # the executed notebook
     """Execute a notebook with papermill, without its `eval: false` cells. RunError with the cell and the cause if it fails."""
     import papermill as pm
-    from nbclient.exceptions import DeadKernelError
     for name in ("papermill", "asyncio"): logging.getLogger(name).setLevel(logging.CRITICAL)  # what fails is raised below, once
     if model: params["model"] = model
     out = runs_dir(params.get("model") or parameters_of(path).get("model"))/path.name
@@ -141,7 +143,7 @@ def run_notebook(
     try: pm.execute_notebook(nb, out, params, kernel_name="python3", language="python", cwd=path.parent, progress_bar=bar, start_timeout=300,
                              extra_arguments=quiet)
     except pm.PapermillExecutionError as e: raise RunError(f"{_failure(path, e)}\n  The run up to there: {out}") from e
-    except DeadKernelError as e: raise RunError(f"{path.stem}: the kernel died, most often for want of memory; try a smaller batch or model") from e
+    except RuntimeError as e: raise RunError(f"{path.stem}: the kernel died or did not start ({textwrap.shorten(str(e), 200)}), most often for want of memory; try again, or a smaller batch or model") from e
     return out
 
 # %% ../nbs/11_rerun.ipynb #fb90bbe1
@@ -222,35 +224,86 @@ def is_done(
     return done["fingerprint"] == fingerprint(path, model) and all(_digest(results_dir(model)/f) == d for f, d in done["files"].items())
 
 def _run_and_record(path, model):
-    "Run one experiment and note its fingerprint and the files it wrote."
-    key, start = fingerprint(path, model), time.time()
-    record = runs_dir(model)/f"{path.stem}.json"
+    "Run one experiment and note its fingerprint and the files it wrote. Returns the seconds."
+    key, start, record = fingerprint(path, model), time.time(), runs_dir(model)/f"{path.stem}.json"
     record.unlink(missing_ok=True)
-    run_notebook(path, model)
-    files = {p.name: _digest(p) for p in sorted(results_dir(model).iterdir()) if p.is_file() and p.stat().st_mtime >= start - .05}
+    log = runs_dir(model)/f"{path.stem}.written"
+    write_bytes(log, b"")
+    os.environ["SPATIALID_WRITTEN"] = str(log)
+    try:
+        run_notebook(path, model)
+        written = sorted({Path(p) for p in log.read_text(encoding="utf-8").splitlines()})
+    finally:
+        del os.environ["SPATIALID_WRITTEN"]
+        log.unlink(missing_ok=True)
+    files = {p.name: _digest(p) for p in written if p.parent == results_dir(model).absolute() and p.is_file()}
     write_json(record, {"fingerprint": key, "files": files, "seconds": round(time.time() - start, 1)})
     return time.time() - start
 
 # %% ../nbs/11_rerun.ipynb #dd04cc60
+def _worker(alone):
+    "Make this process ready to run notebooks, `alone` or beside others."
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that waits, which ends this one
+    if not alone: os.environ.update(OMP_NUM_THREADS="1", TQDM_DISABLE="1")
+
+def _first(path, model):
+    "The experiments that have to be finished before this one begins: notebook 03, whose IDs `stored_ids` reads."
+    source = notebooks().get("03_extraction")
+    return [(source, model)] if path != source and "stored_ids(" in path.read_text(encoding="utf-8") else []
+
+def _name(path, model): return f"{path.stem} · {Path(model).name}"
+
+def _run_all(
+    jobs:list, # (notebook, model) in order
+    workers:int, # how many at a time
+    finished:list, failed:list, running:dict, # filled: names of experiments, and the jobs under way by their futures
+):
+    """Run the jobs that are not done, `workers` at a time. A failure is printed and does not stop the others."""
+    from spatialid.rerun import _run_and_record, _worker  # by name, so that a process begun in a notebook finds them too
+    from tqdm import tqdm
+    todo, others = list(jobs), active_children()
+    with tqdm(total=len(todo), disable=None if workers > 1 else True) as bar, ProcessPoolExecutor(workers, get_context("spawn"), _worker, (workers == 1,)) as pool:
+        def tell(text, file):
+            bar.update()
+            bar.write(text, file=file)
+        try:
+            while todo or running:
+                for job in [j for j in todo if not any(f in (*todo, *running.values()) for f in _first(*j))]:
+                    if len(running) == workers: break
+                    todo.remove(job)
+                    if is_done(*job): finished.append(_name(*job)); tell(f"{_name(*job)}: already done", sys.stdout)
+                    else: running[pool.submit(_run_and_record, *job)] = job
+                bar.set_description(", ".join(_name(*j) for j in running.values()))
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    name = _name(*running[future])
+                    try: tell(f"{name}: done in {future.result():.0f} s", sys.stdout); finished.append(name)
+                    except RunError as e: tell(str(e), sys.stderr); failed.append(name)
+                    del running[future]
+        except BrokenProcessPool as e:
+            raise RunError(f"a process that ran {name} was killed, most often for want of memory; the same command continues from what is done") from e
+        except KeyboardInterrupt:
+            for process in active_children():
+                if process not in others: process.terminate()  # its kernel notices and ends too
+            raise
+
 def reproduce(
     models:list, # bundled names, folders or Hub ids
 ) -> int: # exit code: 0 if everything is done, 1 if something failed, 130 if interrupted
     """Run every experiment for every model, except what is done; after an interruption the same command continues. Ends with the claims."""
-    models, finished, failed, name = [check_model(m) for m in models], [], [], "the first notebook"
+    models, finished, failed, running = [check_model(m) for m in models], [], [], {}
     for model in models: write_bytes(runs_dir(model)/".probe", b"").unlink()
+    small = set(models) & set(bundled())
     try:
-        for model in models:
-            for path in experiments(model):
-                name = f"{path.stem} · {Path(model).name}"
-                if is_done(path, model): print(f"{name}: already done"); finished.append(name); continue
-                try: print(f"{name}: done in {_run_and_record(path, model):.0f} s"); finished.append(name)
-                except RunError as e: print(e, file=sys.stderr); failed.append(name)
+        for side_by_side in (True, False):
+            jobs = [(path, model) for model in models if (model in small) == side_by_side for path in experiments(model)]
+            if jobs: _run_all(jobs, min(os.cpu_count(), len(jobs), 8) if side_by_side else 1, finished, failed, running)
         if len(models) > 1 and (path := notebooks().get("13_models")) and not failed:
-            name = path.stem
-            run_notebook(path); finished.append(name)
-            print(f"{name}: done")
+            running[path] = (path, "models")
+            run_notebook(path); finished.append(path.stem)
+            print(f"{path.stem}: done")
     except KeyboardInterrupt:
-        print(f"\nInterrupted in {name}. Finished: {', '.join(finished) or 'nothing yet'}. The same command continues from here.", file=sys.stderr)
+        where = ", ".join(_name(*job) for job in running.values()) or "nothing"
+        print(f"\nInterrupted in {where}. Finished: {', '.join(finished) or 'nothing yet'}. The same command continues from here.", file=sys.stderr)
         return 130
     for model in [m for m in models if medium_of(m) != "video"] or models: print(f"\n{claims_text(claims(Path(model).name))}")
     if failed: print(f"\nFailed: {', '.join(failed)}", file=sys.stderr)

@@ -49,6 +49,8 @@ def write_bytes(
         except OSError: pass
         raise OSError(f"cannot write {path}: {e.strerror or e}. Make the folder writable, free some space, "
                       "or set SPATIALID_RESULTS to a folder that can be written") from e
+    if log := os.environ.get("SPATIALID_WRITTEN"):
+        with open(log, "a", encoding="utf-8") as f: f.write(f"{path.absolute()}\n")
     return path
 
 # %% ../nbs/00_results.ipynb #8972e678

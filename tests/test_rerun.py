@@ -118,6 +118,40 @@ def test_reproduce_continues_after_ctrl_c(lab):
     assert (lab.root/"nbs"/"a.log").read_text() == "ran\n"
 
 
+MEET = """import pathlib, time
+pathlib.Path('{me}').touch()
+until = time.time() + 100
+while not pathlib.Path('{other}').exists(): time.sleep(.1); assert time.time() < until, 'alone'
+from spatialid.results import save_results
+save_results(model, '{me}', {{}}, {{}})"""
+
+
+def test_small_models_run_side_by_side(lab, capsys, monkeypatch):
+    "Two notebooks that wait for each other end; each record names its own files; what needs the IDs of notebook 03 comes after it."
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    own = {"parameters": 'model = "llava-tiny"'}
+    lab.notebook("01_a", MEET.format(me="01_a", other="03_extraction"), **own)
+    lab.notebook("02_b", "# stored_ids(vlm, model)\nassert open('03_extraction.done').read() == 'yes'", **own)
+    lab.notebook("03_extraction", MEET.format(me="03_extraction", other="01_a"), "time.sleep(1); open('03_extraction.done', 'w').write('yes')", **own)
+    assert rerun.reproduce(["llava-tiny"]) == 0, capsys.readouterr().err
+    records = {p.stem: json.loads(p.read_text())["files"] for p in (lab.root/"results"/"llava-tiny"/".runs").glob("*.json")}
+    assert {k: list(v) for k, v in records.items()} == {"01_a": ["01_a.json"], "02_b": [], "03_extraction": ["03_extraction.json"]}
+    assert rerun.reproduce(["llava-tiny"]) == 0 and capsys.readouterr().out.count("already done") == 3
+
+
+def test_ctrl_c_ends_the_kernels_too(lab):
+    for name in ("01_a", "02_b"): lab.notebook(name, "import os, time; open('%s.pid', 'w').write(str(os.getpid()))\ntime.sleep(120)" % name, parameters='model = "llava-tiny"')
+    run = lab.start("reproduce", "--models", "llava-tiny")
+    deadline, started = time.time() + 300, lambda: [p for p in (lab.root/"nbs").glob("*.pid") if p.read_text()]
+    while len(started()) < min(2, os.cpu_count()) and time.time() < deadline and run.poll() is None: time.sleep(.1)
+    run.send_signal(signal.SIGINT)
+    _, err = run.communicate(timeout=60)
+    assert run.returncode == 130 and "Traceback" not in err and "Interrupted in 01_a · llava-tiny" in err
+    kernels = [Path("/proc")/p.read_text() for p in started()]
+    while any(k.exists() for k in kernels) and time.time() < deadline: time.sleep(.1)
+    assert kernels and not any(k.exists() for k in kernels)
+
+
 def test_done_depends_on_code_weights_and_files(lab):
     lab.notebook("01_a", 'from spatialid.results import save_results\nsave_results(model, "01_a", {"n": n}, {})')
     path = rerun.find_notebook("1")
