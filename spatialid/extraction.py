@@ -504,7 +504,7 @@ def extract(
     origin = make_provenance(vlm, images=len(scenes), scenes=source.describe() if hasattr(source, "describe") else None, **settings)
     return finish(state, index, layers, [layers[k] for k in kept], template, protocol, origin)
 
-
+# %% ../nbs/03_extraction.ipynb #902d5c93
 def finish(state, index, layers, pair_layers, template, protocol, provenance)->SpatialIDs:
     "The sums of a complete extraction as `SpatialIDs`."
     weights = np.array([sum(b == o for _, b in index.pairs) for o in index.objects], dtype=state["table"].dtype)

@@ -286,6 +286,7 @@ def _run_all(
                 if process not in others: process.terminate()  # its kernel notices and ends too
             raise
 
+# %% ../nbs/11_rerun.ipynb #d668c15c
 def reproduce(
     models:list, # bundled names, folders or Hub ids
 ) -> int: # exit code: 0 if everything is done, 1 if something failed, 130 if interrupted
@@ -320,16 +321,18 @@ def holds(
     return all(OPS[rule["op"]](number[end], rule["threshold"]) for end in ("low", "high"))
 
 def _measured(rule, model):
-    "The number a rule refers to and its provenance; None where there is no such result."
-    path = results_dir(model)/f"{rule['notebook']}.json"
-    if "model" in rule and not path.is_file(): path = results_dir(rule["model"])/path.name
-    if not path.is_file(): return None, {}
-    results = number = json.loads(path.read_text())
-    for key in rule["key"].split("."): number = number.get(key) if isinstance(number, dict) else None
-    complete = isinstance(number, dict) and all(number.get(k) is not None for k in ("value", "low", "high", "n"))
-    origin, reason = results.get("provenance", {}), number.get("not_judged") if isinstance(number, dict) else None
-    if origin.get("params", {}).get("quick"): complete, reason = False, "only a quick run so far"
-    return (number if complete else None), {**origin, "reason": reason}
+    "The number a rule refers to and its provenance: of `model`, or where it has none of the model that the rule names. None and the reason where neither has."
+    why = {}
+    for name in dict.fromkeys((model, rule.get("model", model))):
+        path = results_dir(name)/f"{rule['notebook']}.json"
+        if not path.is_file(): continue
+        results = number = json.loads(path.read_text())
+        for key in rule["key"].split("."): number = number.get(key) if isinstance(number, dict) else None
+        origin = results.get("provenance", {})
+        if origin.get("params", {}).get("quick"): why = {**origin, "reason": "only a quick run so far"}
+        elif isinstance(number, dict) and all(number.get(k) is not None for k in ("value", "low", "high", "n")): return number, origin
+        else: why = {**origin, "reason": number.get("not_judged") if isinstance(number, dict) else None}
+    return None, why
 
 def claims(
     model:str="llava-tiny", # whose results to compare

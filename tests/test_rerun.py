@@ -249,6 +249,24 @@ def test_a_claim_about_many_models_is_read_where_they_are_compared(lab, capsys):
     assert (row["status"], row["model"], row["n"]) == ("holds", "models", 12)
 
 
+def test_what_a_model_cannot_give_is_read_from_the_model_that_the_rule_names(lab):
+    entry = {"id": "x", "source": "§0", "claim": "", "paper": "", "note": "", "measure": "x", "rule": {"notebook": "01_a", "model": "other", "key": "claims.x", "op": ">", "threshold": 0}}
+    (lab.root/"nbs"/"claims.json").write_text(json.dumps([entry]))
+    def write(name, number, **params): results.write_json(lab.root/"results"/name/"01_a.json", {"provenance": {"protocol": "paper", "model": name, "params": params}, "claims": {"x": number}})
+    number = lambda v: {"value": v, "low": v, "high": v, "n": 2}
+    write("toy", {"value": None, "low": None, "high": None, "n": 0, "not_judged": "it has no table"})
+    row, = rerun.claims("toy")
+    assert (row["status"], row["reason"]) == ("not yet run", "it has no table")
+    write("other", number(1))
+    row, = rerun.claims("toy")
+    assert (row["status"], row["model"], row["ours"]) == ("holds", "other", 1)
+    write("toy", number(-1))
+    row, = rerun.claims("toy")
+    assert (row["status"], row["model"]) == ("does not hold", "toy")
+    write("toy", number(-1), quick=True)
+    assert rerun.claims("toy")[0]["model"] == "other"
+
+
 def test_several_models_are_compared_at_the_end(lab, capsys):
     lab.notebook("01_a", "print(model)")
     lab.notebook("13_models", f"open(r'{lab.root}/compared', 'w').write('yes')", parameters="seed = 0")
