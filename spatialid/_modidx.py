@@ -516,6 +516,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'spatialid.organisms._llava': ('organisms.html#_llava', 'spatialid/organisms.py'),
                                      'spatialid.organisms._llava_onevision': ('organisms.html#_llava_onevision', 'spatialid/organisms.py'),
                                      'spatialid.organisms._load_state': ('organisms.html#_load_state', 'spatialid/organisms.py'),
+                                     'spatialid.organisms._mllama': ('organisms.html#_mllama', 'spatialid/organisms.py'),
                                      'spatialid.organisms._qwen2_5_vl': ('organisms.html#_qwen2_5_vl', 'spatialid/organisms.py'),
                                      'spatialid.organisms._qwen2_vl': ('organisms.html#_qwen2_vl', 'spatialid/organisms.py'),
                                      'spatialid.organisms._read_where': ('organisms.html#_read_where', 'spatialid/organisms.py'),

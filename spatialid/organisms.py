@@ -121,7 +121,7 @@ _VIDEO = (replace(_FIRST, steps=1500, still=True), Stage("point", 600, 64, 1e-3,
           Stage("when", 800, 16, 1e-3, names=2, times=4, relations=2, others=2), Stage("all", 800, 16, 1e-3, places=1, times=2, relations=4, others=4))
 RECIPES = {"llava-tiny": Recipe(), "llava-tiny-flat": Recipe(flat=True, stages=_SHORT), "llava-small": Recipe(vision_width=256, width=256, heads=8, intermediate=688, stages=_SHORT),
            "qwen2vl-tiny": Recipe("qwen2_vl", patch=5, merge=2, vision_width=64, stages=_SHORT),
-           "internvl-tiny": Recipe("internvl", patch=5, merge=2, vision_width=64, stages=_SHORT), "gemma3-tiny": Recipe("gemma3", stages=_SHORT),
+           "internvl-tiny": Recipe("internvl", patch=5, merge=2, vision_width=64, stages=_SHORT), "gemma3-tiny": Recipe("gemma3", stages=_SHORT), "mllama-tiny": Recipe("mllama", stages=_SHORT),
            "onevision-tiny": Recipe("llava_onevision", frames=8, stages=(*_VIDEO, Stage("again", 800, 16, 1e-3, places=1, times=1, relations=3, others=6))), "qwen25vl-tiny": Recipe("qwen2_5_vl", px=84, patch=7, merge=2, vision_width=64, frames=8, stages=(
                replace(_VIDEO[0], stop=1000), _VIDEO[1], Stage("relate", 300, 32, 1e-3, names=2, places=2, relations=4, still=True),
                Stage("again", 400, 32, 1e-3, names=1, places=1, relations=6, still=True), replace(_VIDEO[2], steps=400),
@@ -195,8 +195,18 @@ def _gemma3(r):
                              boi_token_index=tok.boi_token_id, eoi_token_index=tok.eoi_token_id, tie_word_embeddings=True)
     return config, hf.Gemma3Processor(hf.Gemma3ImageProcessorPil(size=size, **_GREY), tok, chat_template=tok.chat_template, image_seq_length=r.tiles ** 2)
 
+def _mllama(r):
+    tok, size = make_tokenizer("<|image|>", image_token="<|image|>"), {"height": r.px, "width": r.px}
+    tok.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A") # the chat template begins with <s>, as this family's does
+    tiles, local = dict(max_num_tiles=1, supported_aspect_ratios=[[1, 1]]), r.vision_blocks - 1 # and one global block
+    vision = _vision("Mllama", r, num_hidden_layers=local, num_global_layers=1, intermediate_layers_indices=[local - 1], vision_output_dim=2 * r.vision_width, **tiles)
+    text = _text("MllamaText", r, tok, cross_attention_layers=list(range(1, r.blocks, 3)), rope_parameters=dict(rope_type="default", rope_theta=1e4), tie_word_embeddings=False)
+    images = hf.MllamaImageProcessorPil(size=size, max_image_tiles=1, **_GREY)
+    return (hf.MllamaConfig(vision_config=vision.to_dict(), text_config=text.to_dict(), image_token_index=tok.image_token_id, tie_word_embeddings=False),
+            hf.MllamaProcessor(images, tok, chat_template="{{ bos_token }}" + tok.chat_template))
+
 # %% ../nbs/10_organisms.ipynb #adc39be4
-BUILDERS = {"llava": _llava, "qwen2_vl": _qwen2_vl, "internvl": _internvl, "gemma3": _gemma3, "llava_onevision": _llava_onevision, "qwen2_5_vl": _qwen2_5_vl}
+BUILDERS = {"llava": _llava, "qwen2_vl": _qwen2_vl, "internvl": _internvl, "gemma3": _gemma3, "llava_onevision": _llava_onevision, "qwen2_5_vl": _qwen2_5_vl, "mllama": _mllama}
 
 def build(recipe:Recipe) -> tuple: # a ...ForConditionalGeneration, and its processor
     "An untrained organism in the HF classes of its family (no torchvision needed)."
@@ -212,13 +222,14 @@ def build(recipe:Recipe) -> tuple: # a ...ForConditionalGeneration, and its proc
 # %% ../nbs/10_organisms.ipynb #f208e12a
 @torch.no_grad()
 def fresh_blocks(model, seed:int):
-    "New weights for the language blocks, of variance 1/fan-in, keys equal to queries: a word begins by attending to what looks like it (mimetic initialisation, Trockman and Kolter 2023)."
+    "New weights for the language blocks, of variance 1/fan-in, keys equal to queries: a word begins by attending to what looks like it (mimetic initialisation, Trockman and Kolter 2023). Gates of cross-attention begin open."
     g, one = torch.Generator().manual_seed(seed), float(model.config.model_type != "gemma3") # Gemma's norms scale by 1 + weight
     for block in model.model.language_model.layers:
         for name, p in block.named_parameters():
             if p.ndim == 2: p.copy_(torch.randn(p.shape, generator=g) / p.shape[1] ** .5 * (.06 if name.split(".")[-2] in ("o_proj", "down_proj") else 1))
             else: p.fill_(0 if name.endswith("bias") else one)
-        q, k, size = block.self_attn.q_proj.weight, block.self_attn.k_proj.weight, block.self_attn.head_dim
+        attention = block.cross_attn if hasattr(block, "cross_attn") else block.self_attn
+        q, k, size = attention.q_proj.weight, attention.k_proj.weight, attention.head_dim
         groups = q.view(len(k) // size, -1, size, q.shape[1]) # the query heads that share a key head begin as one
         k.copy_(groups[:, 0].reshape(k.shape)); q.copy_(groups[:, :1].expand_as(groups).reshape(q.shape))
 
@@ -286,8 +297,9 @@ class Steps(Dataset):
 
     def picture(self, drawn):
         "What the vision tower takes of pictures (lists of one) or videos (lists of frames)."
-        seen = self.processor.video_processor(drawn) if self.recipe.frames else self.processor.image_processor([im for im, in drawn], return_tensors="pt")
-        return {k: v for k, v in seen.items() if k in ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw")}
+        if self.recipe.frames: seen = self.processor.video_processor(drawn)
+        else: seen = self.processor.image_processor(drawn if self.recipe.family == "mllama" else [im for im, in drawn], return_tensors="pt")
+        return {k: v for k, v in seen.items() if k in ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw", "aspect_ratio_ids", "aspect_ratio_mask")}
 
     def patches(self, frames):
         "The object (1, 2, …) that covers each image token, 0 for background, −100 where it is neither; from the boxes of each frame."
@@ -341,7 +353,10 @@ class Align(torch.nn.Module):
 
 # %% ../nbs/10_organisms.ipynb #fe53bdae
 def features(model, picture) -> tuple: # (B, P, d) projected patches; (B, Q, d) tokens of the language model
-    "Image or video as the language model sees it; the two differ where the frames of a video are pooled."
+    "Image or video as the language model sees it; the two differ where the frames of a video are pooled, and where a class token comes first (Mllama)."
+    if FAMILIES[model.config.model_type].cross:
+        tokens = model.model.multi_modal_projector(model.model.vision_model(**picture).last_hidden_state).flatten(0, 2)
+        return tokens[:, 1:], tokens
     if "pixel_values" in picture: seen, patch = model.model.get_image_features(**picture), []
     else:
         patch, projector = [], getattr(model.model, "multi_modal_projector", None)
@@ -355,6 +370,9 @@ def forward(model, batch) -> tuple: # projected patches (B, P, d); last hidden s
     "One pass over a packed batch; the language model runs only if there is a question."
     patch, tokens = features(model, batch["picture"])
     if not (batch["labels"] != -100).any(): return patch, None
+    if FAMILIES[model.config.model_type].cross: # the question sees the picture, what stands before the picture does not
+        sees = (batch["input_ids"] == model.config.image_token_index).cumsum(1)[..., None, None].float()
+        return patch, model.model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], attention_mask=packed_mask(batch["number"]), cross_attention_states=tokens, cross_attention_mask=sees, use_cache=False).last_hidden_state
     image, family = placeholders(model, batch["input_ids"]), model.config.model_type
     embeds = model.get_input_embeddings()(batch["input_ids"])
     embeds, mask = embeds.masked_scatter(image[..., None], tokens.to(embeds.dtype)), packed_mask(batch["number"], image if family == "gemma3" else None)
