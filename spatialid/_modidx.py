@@ -206,6 +206,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'spatialid.diagnosis.choose_repair': ('diagnosis.html#choose_repair', 'spatialid/diagnosis.py'),
                                      'spatialid.diagnosis.compare': ('diagnosis.html#compare', 'spatialid/diagnosis.py'),
                                      'spatialid.diagnosis.correcting': ('diagnosis.html#correcting', 'spatialid/diagnosis.py'),
+                                     'spatialid.diagnosis.cross_blocks': ('diagnosis.html#cross_blocks', 'spatialid/diagnosis.py'),
                                      'spatialid.diagnosis.damaged': ('diagnosis.html#damaged', 'spatialid/diagnosis.py'),
                                      'spatialid.diagnosis.decide': ('diagnosis.html#decide', 'spatialid/diagnosis.py'),
                                      'spatialid.diagnosis.diagnose': ('diagnosis.html#diagnose', 'spatialid/diagnosis.py'),

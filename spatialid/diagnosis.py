@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['RADIUS', 'STAGES', 'TOLERANCE', 'WAYS', 'DOSES', 'Cases', 'cases', 'cell_of', 'released_ids', 'Readings', 'read_ids',
            'towards_truth', 'margins', 'rank_biserial', 'compare', 'pixels', 'disjoint_boxes', 'blurred',
-           'masked_queries', 'mask_log_probs', 'sensitivities', 'image_tokens', 'token_places', 'things_in',
-           'token_labels', 'linear_scores', 'locate_in_tokens', 'probed', 'answered', 'evidence', 'losses',
+           'masked_queries', 'mask_log_probs', 'sensitivities', 'cross_blocks', 'image_tokens', 'token_places',
+           'things_in', 'token_labels', 'linear_scores', 'locate_in_tokens', 'probed', 'answered', 'evidence', 'losses',
            'resampled_losses', 'decide', 'diagnose', 'damaged', 'noised', 'stage_weights', 'shielded', 'lesion',
            'quick_ids', 'packed', 'unpacked', 'lesion_evidence', 'with_losses', 'calibrated', 'judged', 'looks',
            'looking_heads', 'heads_off', 'correcting', 'words_alone', 'paired', 'injected', 'word_vectors',
@@ -26,9 +26,9 @@ from PIL import ImageFilter
 from scipy.stats import binomtest, mannwhitneyu, rankdata
 
 from .data import Benchmark, GridScenes, Objects
-from .extraction import SpatialIDs, extract, orthonormal, subsample
+from .extraction import SpatialIDs, extract, orthonormal, stored_ids, subsample
 from .hooks import VLM, Query
-from .results import bootstrap, rng, write_json
+from .results import bootstrap, load_results, rng, write_json
 from .steering import BOTH, TEMPLATES, at_place, gaussian, moves, pushing, scaled
 from .sweeps import Resumed, add, attention, sweep
 
@@ -60,12 +60,14 @@ def cases(
     seed:int=0, # of the choice
     instruction:str="", # added to the question, such as " Answer {} or {}."
     without=(), # names that neither object may have
+    half:int|None=None, # 0 or 1: of every second picture only, so that what is chosen on one half can be reported on the other
 ) -> Cases:
     "One question about each picture. Raises ValueError when no row can be used."
-    rows, found, boxes, dropped = {}, [], [], 0
+    rows, order, found, boxes, dropped = {}, {}, [], [], 0
     for i in rng(seed, "cases").permutation(len(benchmark)):
         row = benchmark[i]
-        if not {row.subject, row.object} & set(without): rows.setdefault(row.image_id, row)
+        place = order.setdefault(row.image_id, len(order))
+        if half in (None, place % 2) and not {row.subject, row.object} & set(without): rows.setdefault(row.image_id, row)
     for row in rows.values():
         if n is not None and len(found) == n: break
         try: pair = np.array(row.boxes(), dtype=float)
@@ -261,16 +263,23 @@ def sensitivities(
     return out
 
 # %% ../nbs/06_diagnosis.ipynb #65731f1a
+def cross_blocks(vlm:VLM) -> list: # from 0
+    "The blocks that attend to the picture instead of to the text, in a family that has such blocks."
+    return list(vlm.model.config.get_text_config().cross_attention_layers) if vlm.family.cross else []
+
 @contextmanager
 def image_tokens(vlm:VLM):
-    "Inside, the rows of the image tokens that the first block receives are appended to the list given, (P, d) for each query. ValueError where there are none."
-    found, ids = [], []
-    def called(module, args, kwargs): ids.append(kwargs.get("input_ids", args[0] if args else None))
+    "Inside, the rows of the image tokens that the first block (of Mllama: the first that attends to the picture) receives are appended to the list given, (P, d) for each query. ValueError for a picture of several tiles."
+    found, now = [], {}
+    def called(module, args, kwargs): now.update(kwargs, input_ids=kwargs.get("input_ids", args[0] if args else None))
     def received(module, args, kwargs):
-        h = args[0] if args else kwargs["hidden_states"]
-        found.extend(row[torch.isin(i, torch.tensor(vlm.image_ids, device=i.device)).to(row.device)].float().cpu() for row, i in zip(h, ids[-1]))
-    if vlm.family.cross: raise ValueError(f"the picture enters by cross-attention in {vlm.family.title}, so there are no image tokens to look at")
-    hooks = [vlm.model.register_forward_pre_hook(called, with_kwargs=True), vlm.blocks[0].register_forward_pre_hook(received, with_kwargs=True)]
+        h, ids = args[0] if args else kwargs["hidden_states"], now["input_ids"]
+        if not vlm.family.cross: return found.extend(row[torch.isin(i, torch.tensor(vlm.image_ids, device=i.device)).to(row.device)].float().cpu() for row, i in zip(h, ids))
+        if (now["aspect_ratio_ids"] != 1).any(): raise ValueError(f"{vlm.family.title} cuts the picture into several tiles, whose tokens are not one grid: use square pictures no larger than a tile")
+        states = kwargs["cross_attention_states"].float().cpu()
+        found.extend(states.reshape(len(h), -1, *states.shape[-2:])[:, 0, 1:vlm.model.model.vision_model.num_patches]) # the first tile, after its class token
+    first = (cross_blocks(vlm) or [0])[0]
+    hooks = [vlm.model.register_forward_pre_hook(called, with_kwargs=True), vlm.blocks[first].register_forward_pre_hook(received, with_kwargs=True)]
     try: yield found
     finally:
         for hook in hooks: hook.remove()
@@ -401,14 +410,16 @@ def decide(loss:np.ndarray, tolerance:dict=TOLERANCE, sure:float=0.9) -> tuple: 
 def diagnose(
     vlm:VLM,
     benchmark, # a `Benchmark`, or `Cases` from it
-    ids:SpatialIDs, # of this model
-    layer:int, # where they are (notebook 03)
+    ids:SpatialIDs|None=None, # of this model (None: those that notebook 03 left)
+    layer:int|None=None, # where they are (None: as notebook 03 chose)
     kind:str|None=None, # judge "left_right" or "above_below" questions only
     n:int|None=200, # questions of all kinds
     tolerance:dict=TOLERANCE, # see `decide`
     seed:int=0,
 ) -> dict: # stage, strength, why, skills, losses, repaired, n
-    "The stage at which a model most likely loses the place of objects, with the evidence. About 2.4 forwards a question. ValueError where there are no such questions."
+    "The stage at which a model most likely loses the place of objects, with the evidence. About 2.4 forwards a question. ValueError where there are no such questions, FileNotFoundError where notebook 03 has not run and no IDs are given."
+    if ids is None: ids = stored_ids(vlm, vlm.name)
+    if layer is None: layer = load_results(vlm.name, "03_extraction")["layer"]["best"]
     asked = benchmark if isinstance(benchmark, Cases) else cases(benchmark, n, seed)
     which = np.array([kind in (None, q.kind) for q in asked.queries])
     if which.sum() < 10: raise ValueError(f"only {which.sum()} questions of kind {kind or 'any'}: a diagnosis resamples questions and needs at least ten")
@@ -462,7 +473,7 @@ def shielded(
     layers=None, # blocks in which they are hidden (None: all)
 ):
     "Inside, words and everything else behind the picture do not attend to some of the image tokens. ValueError for a model without image tokens."
-    if vlm.family.cross: raise ValueError(f"the picture enters by cross-attention in {vlm.family.title}, so there are no image tokens to hide")
+    if vlm.family.cross: raise ValueError(f"the picture enters by cross-attention in {vlm.family.title}, so there are no image tokens among the words to hide: damage the attention instead")
     now = {}
     def called(module, args, kwargs): now["ids"] = kwargs.get("input_ids", args[0] if args else None)
     def hide(module, args, kwargs):
@@ -548,7 +559,11 @@ def looks(
     layers=None, # 1 to N (None: all): attention of the block that ends there
     batch_size:int=32,
 ) -> torch.Tensor: # (B, L, heads, 2 words, P image tokens)
-    "Attention from subject and object to the image tokens. Prompts of one length together: padded rows see nothing, and eager attention makes them not-a-number."
+    "Attention from subject and object to the image tokens; 0 in blocks that have none to attend to (Mllama). Prompts of one length together: padded rows see nothing, and eager attention makes them not-a-number."
+    across, P = cross_blocks(vlm), vlm.family.cross and vlm.model.model.vision_model.num_patches
+    def to_picture(a, words, image, block):
+        if not across: return a[:, words][:, :, image]
+        return a[:, words, 1:P] if block in across else a.new_zeros(len(a), len(words), P - 1)
     layers, out = vlm.check_layers(layers) or list(range(1, vlm.n_layers + 1)), [None] * len(queries)
     lengths = [len(vlm.layout(q).tail) for q in queries]
     for n in sorted(set(lengths)):
@@ -558,7 +573,7 @@ def looks(
             with torch.inference_mode(), attention(vlm, "eager"): found = vlm.model(**batch.to(vlm.device, vlm.model.dtype), output_attentions=True, use_cache=False).attentions
             for b, i in enumerate(which):
                 words, image = (vlm._rows(queries[i], group, batch["input_ids"][b].cpu()) for group in (BOTH, "image"))
-                out[i] = torch.stack([found[l - 1][b][:, words][:, :, image] for l in layers]).float().cpu()
+                out[i] = torch.stack([to_picture(found[l - 1][b], words, image, l - 1) for l in layers]).float().cpu()
     return torch.stack(out)
 
 # %% ../nbs/06_diagnosis.ipynb #0925b8ea
@@ -569,13 +584,14 @@ def looking_heads(vlm:VLM, queries:list, layer:int) -> list: # (block, head) fro
 
 def heads_off(vlm:VLM, heads:list): # of (block, head); a context
     "Inside, some heads write nothing."
+    kind, one = lambda b: "cross_attn" if b in cross_blocks(vlm) else "self_attn", vlm.blocks[0].self_attn
     def off(which):
         def change(w): # (d, heads · size)
-            keep = torch.ones(len(vlm.blocks[0].self_attn.q_proj.weight) // vlm.blocks[0].self_attn.head_dim, device=w.device, dtype=w.dtype)
+            keep = torch.ones(len(one.q_proj.weight) // one.head_dim, device=w.device, dtype=w.dtype)
             keep[which] = 0
             return w * keep.repeat_interleave(w.shape[1] // len(keep))
         return change
-    name = lambda b: f"{vlm.family.text}.layers.{b}.self_attn.o_proj.weight"
+    name = lambda b: f"{vlm.family.text}.layers.{b}.{kind(b)}.o_proj.weight"
     return damaged(vlm, {name(b): off([h for k, h in heads if k == b]) for b in {k for k, _ in heads}})
 
 # %% ../nbs/06_diagnosis.ipynb #5cb29595
@@ -671,19 +687,22 @@ def exchanged(q:Query) -> Query:
     other = {a: b for a, b in zip(q.answers, q.answers[::-1])}
     return replace(q, words={"subject": q.words["object"], "object": q.words["subject"]}, truth=other[q.truth])
 
-WAYS = ("match", "attention", "other prompt")
+WAYS = ("other layers", "other prompt", "attention", "match")
 
 def own_places(vlm:VLM, ids:SpatialIDs, queries:list, layer:int, ways=WAYS, head=None) -> dict: # {way: (B, 2, 2) fractions of the picture}
-    "Where a model's own states say that subject and object are. No truth is used."
-    found = {}
+    """Where a model's own states say that subject and object are; no truth is used. Ways: the IDs of the words in the other layers of the middle half (mean of the places); in the question turned round;
+    what a head of the words looks at; the image tokens that are most like the word."""
+    found, N = {}, vlm.n_layers
+    def read(some, layers):
+        seen, alone = vlm.run(some, layers, BOTH), words_alone(vlm, some, layers)
+        return {l: seen.residual(l) - alone[l] for l in layers}
+    where = lambda rows, l: place_from_ids(ids, ids.project(rows.numpy(), l), l)
+    if "other layers" in ways: found["other layers"] = np.mean([where(rows, l) for l, rows in read(queries, [l for l in range(N // 4 + 1, 3 * N // 4 + 1) if l != layer]).items()], 0)
+    if "other prompt" in ways: found["other prompt"] = where((read(queries, [layer])[layer] + read([exchanged(q) for q in queries], [layer])[layer].flip(1)) / 2, layer)
+    if "attention" in ways: found["attention"] = attended_places(looks(vlm, queries), head)[0]
     if "match" in ways:
         with image_tokens(vlm) as tokens: vlm.run(queries)
         found["match"] = matched_places(vlm, torch.stack(tokens), queries)
-    if "attention" in ways: found["attention"] = attended_places(looks(vlm, queries), head)[0]
-    if "other prompt" in ways:
-        turned = [exchanged(q) for q in queries]
-        of = lambda some: vlm.run(some, [layer], BOTH).residual(layer) - words_alone(vlm, some, [layer])[layer]
-        found["other prompt"] = place_from_ids(ids, ids.project(((of(queries) + of(turned).flip(1)) / 2).numpy(), layer), layer)
     return found
 
 DOSES = {"raw": (1.0, "raw"), "raw, 4": (4.0, "raw"), "0.5": (0.5, "diff_norm"), "1": (1.0, "diff_norm")}

@@ -55,12 +55,11 @@ def point(
     pairs:int=20, # of objects, for the IDs
     seed:int=0,
     px:int=80, # side of the pictures
-    flat:bool=False, # scenes in which height and depth are independent
 ) -> dict: # see `fig9_numbers`
     "Accuracy, steerability and ID strength of a model with IDs of its own: one point of Fig. 9, for 1,200 pictures and 200 questions."
     grid = GridScenes(grid_pairs(pairs), sizes=(224,), px=px, seed=seed)
     ids = extract(vlm, subsample(grid, 4), progress=False)
-    asked = questions(FreeScenes(10**6, seed=f"steering 2 {seed}", px=px, flat=flat), n, seed)
+    asked = questions(FreeScenes(10**6, seed=f"steering 2 {seed}", px=px), n, seed)
     clean = vlm.run(asked, range(1, vlm.n_layers + 1), "subject")
     return fig9_numbers(vlm, ids, clean, sweep(vlm, asked, edits=adversarial(vlm, ids, asked, clean.beliefs, seed=seed)), seed)
 
@@ -77,7 +76,7 @@ def trace(
         key = dict(stage=entry["stage"], step=entry["step"])
         if place(key) in map(place, made["points"]): continue
         vlm = restored(name, weights_of(out, entry))
-        made["points"].append({**key, "weight_hash": vlm.weight_hash, **point(vlm, px=RECIPES[name].px, flat=RECIPES[name].flat, **options)})
+        made["points"].append({**key, "weight_hash": vlm.weight_hash, **point(vlm, px=RECIPES[name].px, **options)})
         made["points"].sort(key=place)
         made["provenance"] = provenance(vlm, seed=options.get("seed", 0), every=every, **options)
         write_json(path, made)

@@ -506,15 +506,17 @@ def r_squared(both:np.ndarray)->float: # (n, 2, …): measured and predicted
 # %% ../nbs/09_theory.ipynb #420ff278
 _SEEN = Stage("recognise", 2500, 64, 2e-3, stop=1500)
 _PAIR = dict(vision_width=128, blocks=4, cells=True)
-WHY = {"people's words, relations": Recipe(**_PAIR, stages=(_SEEN, Stage("point", 400, 64, 1e-3, names=5, fresh=True), Stage("relate", 400, 32, 1e-3, names=2, places=2, relations=6))),
-       "sixteen unrelated words": Recipe(**_PAIR, stages=(_SEEN, Stage("point", 400, 64, 1e-3, names=5, fresh=True, cells=True), Stage("relate", 400, 32, 1e-3, names=2, places=5, cells=True)))}
+_WORDS, _CELLS = dict(names=2, places=2, relations=6), dict(names=2, places=5, cells=True)
+WHY = {"people's words, relations": Recipe(**_PAIR, stages=(_SEEN, Stage("point", 400, 64, 1e-3, names=5, fresh=True), Stage("relate", 400, 32, 1e-3, **_WORDS), Stage("more", 400, 32, 1e-3, **_WORDS))),
+       "sixteen unrelated words": Recipe(**_PAIR, stages=(_SEEN, Stage("point", 400, 64, 1e-3, names=5, fresh=True, cells=True), Stage("relate", 400, 32, 1e-3, **_CELLS), Stage("more", 400, 32, 1e-3, **_CELLS))),
+       "no place asked": Recipe(**_PAIR, stages=(_SEEN,))} # control: what the word has of the place before it is asked for one
 
 def line_of(
     vlm:VLM,
     seed:int=0, # of bootstrap and permutations
     pairs:int=20, # of objects
     px:int=80, # side of the pictures
-)->dict: # {template: {"layer", statistics of `SpatialIDs.statistics`}}
+)->dict: # {template: {"layer", statistics of `SpatialIDs.statistics`, "by_layer": R² on the other objects}}
     "Whether the IDs of a model are linear in the place: layer chosen on half of the objects, measured on the others, for each of two questions."
     found = {}
     for template in (WHERE, LEFT_RIGHT):
@@ -522,7 +524,7 @@ def line_of(
         half, other = ids.objects[:len(ids.objects) // 2], ids.objects[len(ids.objects) // 2:]
         r2 = {l: ids.linear_r2(l, objects=half, n_draws=2, n_null=2)["value"] for l in ids.layers}
         best = max(r2, key=r2.get)
-        found[template] = {"layer": best, **ids.statistics(best, objects=other, seed=seed)}
+        found[template] = {"layer": best, **ids.statistics(best, objects=other, seed=seed), "by_layer": [{"layer": l, **ids.linear_r2(l, objects=other, n_draws=200, n_null=200, seed=seed)} for l in ids.layers]}
     return found
 
 def why(
@@ -530,7 +532,7 @@ def why(
     seeds:int=3,
     recipes:dict=WHY, # {arm: Recipe}, the same first stage in all
 )->Path: # results/models/09_why_linear.json, rewritten after each run
-    "One recipe with two kinds of supervision, several seeds of each: R² of a linear map from the place to the ID, and accuracy. The first stage of a seed is trained once."
+    "One recipe with two kinds of supervision and with none, several seeds of each: R² of a linear map from the place to the ID, and accuracy. The first stage of a seed is trained once."
     path, runs = results_dir("models") / "09_why_linear.json", []
     for seed in range(seeds):
         first = Path(out) / f"seed {seed}" / "first"
@@ -539,7 +541,7 @@ def why(
             if not folder.is_dir():
                 train("why", first, replace(recipe, stages=recipe.stages[:1]))
                 folder.mkdir(parents=True)
-                write_bytes(folder / "checkpoint.safetensors", (first / "checkpoint.safetensors").read_bytes())
+                for file in ("log.jsonl", "checkpoint.safetensors"): write_bytes(folder / file, (first / file).read_bytes())
             model = train("why", folder, recipe)
             vlm = VLM(model.float().cpu().eval(), build(recipe)[1], f"{arm}, seed {seed}", organism=True)
             vlm.model.set_attn_implementation("sdpa")

@@ -193,9 +193,29 @@ def test_image_tokens_are_what_the_first_block_receives(llava, asked):
     batch = llava.encode(queries)
     clean = llava.clean(batch)
     for i, row in enumerate(found): assert torch.allclose(row.double(), clean.residual[0][i, batch["input_ids"][i] == llava.image_ids[0]], atol=1e-5)
-    with pytest.raises(ValueError, match="cross-attention"):
-        with dg.image_tokens(VLM(*tiny("mllama"), "tiny")): pass
     with pytest.raises(ValueError, match="no square"): dg.token_places(12)
+
+
+def test_a_picture_that_enters_by_cross_attention(asked):
+    "Mllama: image tokens are what the vision tower gives, attention to them is that of the blocks that look, and without their heads the picture is gone."
+    vlm = VLM(*tiny("mllama", dtype=torch.float64), "tiny")
+    square = [replace(q, image=q.image.resize((16, 16))) for q in asked.queries[:4]] # one tile
+    with dg.image_tokens(vlm) as found: vlm.run(square)
+    batch, inner = vlm.encode(square), vlm.model.model
+    with torch.no_grad(): states = inner.multi_modal_projector(inner.vision_model(**{k: batch[k].double() if k == "pixel_values" else batch[k] for k in ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")}).last_hidden_state)
+    assert len(found) == 4 and all(torch.allclose(a.double(), b, atol=1e-6) for a, b in zip(found, states[:, 0, 0, 1:])) and len(found[0]) == 16
+    with pytest.raises(ValueError, match="no larger than a tile"):
+        with dg.image_tokens(vlm): vlm.run(replace(square[0], image=square[0].image.resize((32, 16))))
+
+    across = dg.cross_blocks(vlm)
+    seen = dg.looks(vlm, square)
+    assert across == [1, 3] and seen.shape == (4, vlm.n_layers, 4, 2, 16)
+    for b in range(vlm.n_layers): assert (seen[:, b].sum(-1) > 0).all() == (b in across) and (seen[:, b].sum(-1) < 1).all()
+    other = replace(square[0], image=square[1].image)
+    heads = [(b, h) for b in across for h in range(4)]
+    assert not torch.allclose(vlm.run(square[0]).logits, vlm.run(other).logits, atol=1e-6)
+    with dg.heads_off(vlm, heads): assert torch.allclose(vlm.run(square[0]).logits, vlm.run(other).logits, atol=1e-12)
+    assert set(dg.looking_heads(vlm, square, vlm.n_layers)[:8]) == set(heads)
 
 
 def test_places_are_found_in_tokens_that_show_them(asked):
@@ -382,6 +402,19 @@ def test_attention_is_the_models_own_and_the_sharpest_head_is_read(llava, asked)
     assert head == (1, 2) and np.allclose(places, dg.token_places(16)[5]) and np.allclose(dg.attended_places(made, (0, 0))[0], dg.token_places(16)[0])
 
 
+def test_halves_of_a_benchmark_share_no_picture(benchmark):
+    "Whoever is left out, and with another number asked for."
+    images = lambda half, **kw: {r.image_id for r in dg.cases(benchmark, half=half, seed=3, **kw).rows}
+    name = benchmark[0].subject
+    assert images(0) | images(1) == images(None) and not images(0) & images(1) and min(len(images(0)), len(images(1))) > 3
+    assert not images(0, without=(name,)) & images(1) and images(0, without=(name,)) < images(0) | images(1) and images(1, n=2) <= images(1)
+
+
+def test_a_diagnosis_without_ids_says_where_they_come_from(llava, asked, tmp_path, monkeypatch):
+    monkeypatch.setenv("SPATIALID_RESULTS", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="run notebook 03 first"): dg.diagnose(llava, asked)
+
+
 def test_places_come_back_from_ids(llava):
     ids = some_ids(llava)
     at = np.array([[0.2, 0.7], [0.6, 0.4]])
@@ -397,7 +430,10 @@ def test_the_exchanged_question_is_about_the_other(asked):
 def test_a_repair_is_chosen_and_reported(llava, asked):
     ids, some, others = some_ids(llava), asked[:5], asked[5:]
     places = dg.own_places(llava, ids, some.queries, 2)
-    assert set(places) == set(dg.WAYS) and all(p.shape == (5, 2, 2) and (0 <= p).all() and (p <= 1).all() for p in places.values())
+    one_layer = dg.own_places(llava, ids, some.queries, 3, ["other layers"])["other layers"] # of four blocks, 2 and 3 are the middle half
+    rows = llava.run(some.queries, [2], dg.BOTH).residual(2) - dg.words_alone(llava, some.queries, [2])[2]
+    assert np.allclose(one_layer, dg.place_from_ids(ids, ids.project(rows.numpy(), 2), 2))
+    assert list(places) == list(dg.WAYS) and all(p.shape == (5, 2, 2) and (0 <= p).all() and (p <= 1).all() for p in places.values())
     chosen = dg.choose_repair(llava, ids, some, places)
     for dose, layer, accuracy in chosen.values(): assert dose in dg.DOSES and 1 <= layer <= llava.n_layers and 0 <= accuracy <= 1
     found = dg.repaired(llava, ids, others, others.centres, "raw", 2)
