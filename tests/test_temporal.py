@@ -11,7 +11,7 @@ from scipy.stats import spearmanr
 from tiny import tiny
 
 from spatialid import rerun, temporal as tm
-from spatialid.data import BEFORE_AFTER, FreeScenes, GridVideos, Videos
+from spatialid.data import BEFORE_AFTER, FreeScenes, GridVideos, Videos, write_mvbench
 from spatialid.extraction import SpatialIDs, extract, grid_axes, grid_statistics, orthonormal
 from spatialid.hooks import VLM, Query
 from spatialid.sweeps import in_float64
@@ -181,6 +181,17 @@ def test_the_notebook_runs_for_other_families(family, tmp_path, monkeypatch):
     found = json.loads((tmp_path / "results" / folder.name / "08_temporal.json").read_text())
     assert found["claims"]["emerges"]["not_judged"] and found["fig10b"]["videos"] == 336 and found["provenance"]["params"]["quick"]
     for figure in ("fig10a", "fig10b", "fig10c", "figA13", "figA17"): assert (tmp_path / "results" / folder.name / f"{figure}.png").stat().st_size > 5000
+
+
+def test_the_notebook_asks_about_files_in_the_format_of_mvbench(tmp_path, monkeypatch):
+    "Videos as mp4, read back: a missing one is named and left out, and Figures 10A and 10C are of the others."
+    monkeypatch.setenv("SPATIALID_RESULTS", str(tmp_path))
+    folder = write_mvbench(tmp_path / "mvbench", 12)
+    sorted((folder / "video").glob("*.mp4"))[0].unlink()
+    rerun.run_notebook(rerun.find_notebook("08"), "onevision-tiny", benchmark=str(folder), quick=True, n_objects=3)
+    found = json.loads((tmp_path / "results" / "onevision-tiny" / "08_temporal.json").read_text())
+    assert found["fig10c"]["right"]["n"] == 6 and found["fig10a"]["answers"]["base"]["n"] == 6 and found["fig10c"]["right"]["value"] > .5
+    assert found["fig10c"]["swapped"]["noise"]["n"] == 3 and found["fig10c"]["from_files"]["same_answer"]["value"] == 1
 
 
 def test_a_picture_model_is_refused(tmp_path, monkeypatch):
