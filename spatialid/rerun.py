@@ -197,10 +197,11 @@ def fingerprint(
 def medium_of(
     model:str, # bundled name, folder or Hub id
 ) -> str|None: # "video", "image", or None where both or unknown
-    """What a model can be asked about: an organism what it was trained on, another model what its family takes."""
+    """What a model can be asked about: an organism what it was trained on (relations in videos of one frame are relations in pictures), another model what its family takes."""
     folder = bundled().get(model, Path(model))
     made, config = (json.loads((folder/f).read_text()) if (folder/f).is_file() else None for f in ("training.json", "config.json"))
-    if made: return "video" if made["recipe"].get("frames") else "image"
+    if made and not made["recipe"].get("frames"): return "image"
+    if made: return None if any(s.get("still") and s.get("relations") for s in made["recipe"].get("stages", ())) else "video"
     if config is not None and "model_type" not in config: return None
     from spatialid.hooks import FAMILIES, find_checkpoint  # torch comes with it
     kind = config.get("model_type") if config else getattr(find_checkpoint(model), "family", None)

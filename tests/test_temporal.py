@@ -207,4 +207,7 @@ def test_reproduce_asks_what_a_model_was_trained_on(tmp_path):
     assert rerun.medium_of(str(folder)) is None and {"08_temporal", "04_steering"} <= names(str(folder))
     (folder / "training.json").write_text(json.dumps({"recipe": {"frames": 8}}))
     assert rerun.medium_of(str(folder)) == "video"
+    for stage, medium in ((dict(still=True), "video"), (dict(relations=2), "video"), (dict(still=True, relations=2), None)):
+        (folder / "training.json").write_text(json.dumps({"recipe": {"frames": 8, "stages": [stage]}}))
+        assert rerun.medium_of(str(folder)) == medium
     assert rerun.medium_of("llava-hf/llava-1.5-7b-hf") == "image" and rerun.medium_of("Qwen/Qwen2-VL-2B-Instruct") is None
