@@ -121,11 +121,12 @@ _VIDEO = (replace(_FIRST, steps=1500, still=True), Stage("point", 600, 64, 1e-3,
           Stage("when", 800, 16, 1e-3, names=2, times=4, relations=2, others=2), Stage("all", 800, 16, 1e-3, places=1, times=2, relations=4, others=4))
 RECIPES = {"llava-tiny": Recipe(), "llava-tiny-flat": Recipe(flat=True, stages=_SHORT), "llava-small": Recipe(vision_width=256, width=256, heads=8, intermediate=688, stages=_SHORT),
            "qwen2vl-tiny": Recipe("qwen2_vl", patch=5, merge=2, vision_width=64, stages=_SHORT),
-           "internvl-tiny": Recipe("internvl", patch=5, merge=2, vision_width=64, stages=_SHORT), "gemma3-tiny": Recipe("gemma3", stages=_SHORT), "mllama-tiny": Recipe("mllama", stages=_SHORT),
+           "internvl-tiny": Recipe("internvl", patch=5, merge=2, vision_width=64, stages=_SHORT), "gemma3-tiny": Recipe("gemma3", stages=_SHORT), "mllama-tiny": Recipe("mllama", stages=(*_SHORT[:3], replace(_SHORT[3], steps=500))),
            "onevision-tiny": Recipe("llava_onevision", frames=8, stages=(*_VIDEO, Stage("again", 800, 16, 1e-3, places=1, times=1, relations=3, others=6))), "qwen25vl-tiny": Recipe("qwen2_5_vl", px=84, patch=7, merge=2, vision_width=64, frames=8, stages=(
                replace(_VIDEO[0], stop=1000), _VIDEO[1], Stage("relate", 300, 32, 1e-3, names=2, places=2, relations=4, still=True),
                Stage("again", 400, 32, 1e-3, names=1, places=1, relations=6, still=True), replace(_VIDEO[2], steps=400),
-               replace(_VIDEO[3], steps=700), Stage("last", 500, 16, 1e-3, places=1, times=1, relations=3, others=6)))}
+               replace(_VIDEO[3], steps=700), Stage("last", 500, 16, 1e-3, places=1, times=1, relations=3, others=6),
+               Stage("longer", 600, 16, 1e-3, places=1, times=1, relations=4, others=5)))}
 HELD_OUT = 10_000_019 # seed of the scenes on which accuracy is measured; never trained on
 CHANGE = dict(vanish=.3, move=.3) # share of the things of a video that are gone again later, and that drift
 
