@@ -567,7 +567,7 @@ def card(name:str, # a bundled organism
 def card_text(c:dict) -> str:
     "The model card in Markdown."
     rows = "\n".join(f"| {k.replace('_', ' / ') if k in ('left_right', 'above_below', 'front_behind', 'near_far', 'before_after', 'first_last') else k} | {100 * a['value']:.1f} % | {100 * a['low']:.1f} – {100 * a['high']:.1f} | {a['n']} |" for k, a in c["accuracy"].items())
-    asked = lambda s: ", ".join(f"{s[k]} {what}" for k, what in (("names", "bare names"), ("places", "places"), ("relations", "before/after" if c["recipe"].get("frames") else "left/right and above/below"), ("others", "others"), ("hues", "colours"), ("times", "times")) if s.get(k)) or "nothing (alignment only)"
+    asked = lambda s: ", ".join(f"{s[k]} {what}" for k, what in (("names", "bare names"), ("places", "places"), ("relations", "left/right" if s.get("still") else "before/after" if c["recipe"].get("frames") else "left/right and above/below"), ("others", "others"), ("hues", "colours"), ("times", "times")) if s.get(k)) or "nothing (alignment only)"
     stages = "\n".join(f"- {s['name']}: {c['steps'][s['name']]:,} steps of {s['batch']} {(on := 'video' if c['recipe'].get('frames') and not s['still'] else 'image')}s, learning rate {s['lr']}, asked of each {on}: {asked(s)}" + "; new language blocks" * s["fresh"]
                        for s in c["recipe"]["stages"] if s["name"] in c["steps"])
     r = c["recipe"]
