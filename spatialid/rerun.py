@@ -13,8 +13,9 @@ import argparse, ast, hashlib, json, logging, os, re, shutil, signal, sys, textw
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from functools import lru_cache
-from multiprocessing import active_children, get_context
+from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
+from threading import Thread
 
 import nbformat
 
@@ -243,7 +244,9 @@ def _run_and_record(path, model):
 
 # %% ../nbs/11_rerun.ipynb #dd04cc60
 def _worker(alone):
-    "Make this process ready to run notebooks, `alone` or beside others."
+    "Make this process ready to run notebooks, `alone` or beside others. It ends when the process that began it does, however that ends, and its kernel with it."
+    def end_with(parent): parent.join(); os._exit(1)
+    Thread(target=end_with, args=(parent_process(),), daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that waits, which ends this one
     if not alone: os.environ.update(OMP_NUM_THREADS="1", TQDM_DISABLE="1")
 
