@@ -409,7 +409,7 @@ def decide(loss:np.ndarray, tolerance:dict=TOLERANCE, sure:float=0.9) -> tuple: 
 # %% ../nbs/06_diagnosis.ipynb #61dc2e95
 def diagnose(
     vlm:VLM,
-    benchmark, # a `Benchmark`, or `Cases` from it
+    benchmark, # a `Benchmark` or its folder, or `Cases` from it
     ids:SpatialIDs|None=None, # of this model (None: those that notebook 03 left)
     layer:int|None=None, # where they are (None: as notebook 03 chose)
     kind:str|None=None, # judge "left_right" or "above_below" questions only
@@ -420,6 +420,7 @@ def diagnose(
     "The stage at which a model most likely loses the place of objects, with the evidence. About 2.4 forwards a question. ValueError where there are no such questions, FileNotFoundError where notebook 03 has not run and no IDs are given."
     if ids is None: ids = stored_ids(vlm, vlm.name)
     if layer is None: layer = load_results(vlm.name, "03_extraction")["layer"]["best"]
+    if isinstance(benchmark, (str, Path)): benchmark = Benchmark(benchmark)
     asked = benchmark if isinstance(benchmark, Cases) else cases(benchmark, n, seed)
     which = np.array([kind in (None, q.kind) for q in asked.queries])
     if which.sum() < 10: raise ValueError(f"only {which.sum()} questions of kind {kind or 'any'}: a diagnosis resamples questions and needs at least ten")

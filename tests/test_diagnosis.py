@@ -451,6 +451,9 @@ def test_a_damaged_readout_is_named_and_the_model_is_whole_afterwards(tmp_path):
     assert found["stage"] == "readout" and found["strength"] >= 0.9 and same(before, vlm)
     assert np.isclose(sum(one["value"] for one in found["losses"].values()), -np.log(max(found["skills"]["answer"]["value"], 0.05)))
     with pytest.raises(ValueError, match="at least ten"): dg.diagnose(vlm, asked[:5], ids, 4)
+    with pytest.raises(FileNotFoundError): dg.diagnose(vlm, tmp_path / "nowhere", ids, 4)
+    of_folder, of_benchmark = (dg.diagnose(vlm, b, ids, 4, n=20) for b in (str(tmp_path), Benchmark(tmp_path)))
+    assert of_folder == of_benchmark and of_folder["n"] == 20
 
 
 @pytest.mark.parametrize("model", ["llava-tiny", "llava-tiny-early"])
