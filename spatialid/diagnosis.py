@@ -698,8 +698,10 @@ def own_places(vlm:VLM, ids:SpatialIDs, queries:list, layer:int, ways=WAYS, head
         seen, alone = vlm.run(some, layers, BOTH), words_alone(vlm, some, layers)
         return {l: seen.residual(l) - alone[l] for l in layers}
     where = lambda rows, l: place_from_ids(ids, ids.project(rows.numpy(), l), l)
-    if "other layers" in ways: found["other layers"] = np.mean([where(rows, l) for l, rows in read(queries, [l for l in range(N // 4 + 1, 3 * N // 4 + 1) if l != layer]).items()], 0)
-    if "other prompt" in ways: found["other prompt"] = where((read(queries, [layer])[layer] + read([exchanged(q) for q in queries], [layer])[layer].flip(1)) / 2, layer)
+    others = [l for l in range(N // 4 + 1, 3 * N // 4 + 1) if l != layer]
+    rows = read(queries, sorted({*others, layer})) if {"other layers", "other prompt"} & {*ways} else {}
+    if "other layers" in ways: found["other layers"] = np.mean([where(rows[l], l) for l in others], 0)
+    if "other prompt" in ways: found["other prompt"] = where((rows[layer] + read([exchanged(q) for q in queries], [layer])[layer].flip(1)) / 2, layer)
     if "attention" in ways: found["attention"] = attended_places(looks(vlm, queries), head)[0]
     if "match" in ways:
         with image_tokens(vlm) as tokens: vlm.run(queries)

@@ -265,26 +265,27 @@ def _run_all(
     """Run the jobs that are not done, `workers` at a time. A failure is printed and does not stop the others."""
     from spatialid.rerun import _run_and_record, _worker  # by name, so that a process begun in a notebook finds them too
     from tqdm import tqdm
-    todo, others = list(jobs), active_children()
+    todo, others, first = list(jobs), active_children(), {job: _first(*job) for job in jobs}
+    under_way = lambda: ", ".join(_name(*j) for j in running.values())
     with tqdm(total=len(todo), disable=None if workers > 1 else True) as bar, ProcessPoolExecutor(workers, get_context("spawn"), _worker, (workers == 1,)) as pool:
         def tell(text, file):
             bar.update()
             bar.write(text, file=file)
         try:
             while todo or running:
-                for job in [j for j in todo if not any(f in (*todo, *running.values()) for f in _first(*j))]:
+                for job in [j for j in todo if not any(f in (*todo, *running.values()) for f in first[j])]:
                     if len(running) == workers: break
                     todo.remove(job)
                     if is_done(*job): finished.append(_name(*job)); tell(f"{_name(*job)}: already done", sys.stdout)
                     else: running[pool.submit(_run_and_record, *job)] = job
-                bar.set_description(", ".join(_name(*j) for j in running.values()))
+                bar.set_description(under_way())
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     name = _name(*running[future])
                     try: tell(f"{name}: done in {future.result():.0f} s", sys.stdout); finished.append(name)
                     except RunError as e: tell(str(e), sys.stderr); failed.append(name)
                     del running[future]
         except BrokenProcessPool as e:
-            raise RunError(f"a process that ran {name} was killed, most often for want of memory; the same command continues from what is done") from e
+            raise RunError(f"a process that ran {under_way() or 'notebooks'} was killed, most often for want of memory; the same command continues from what is done") from e
         except KeyboardInterrupt:
             for process in active_children():
                 if process not in others: process.terminate()  # its kernel notices and ends too

@@ -153,6 +153,12 @@ def test_whatever_ends_reproduce_ends_the_kernels_too(lab, how):
     assert kernels and not any(k.exists() for k in kernels)
 
 
+def test_a_killed_worker_is_one_sentence(lab, capsys):
+    lab.notebook("01_a", "import os, signal, time; os.kill(os.getppid(), signal.SIGKILL); time.sleep(60)")
+    err = fails(capsys, 1, "reproduce", "--models", lab.toy)
+    assert "01_a · toy was killed" in err and "the same command continues" in err
+
+
 def test_done_depends_on_code_weights_and_files(lab):
     lab.notebook("01_a", 'from spatialid.results import save_results\nsave_results(model, "01_a", {"n": n}, {})')
     path = rerun.find_notebook("1")
