@@ -10,12 +10,13 @@ __all__ = ['OPS', 'JSON_KEYS', 'UsageError', 'RunError', 'notebooks_dir', 'noteb
 
 # %% ../nbs/11_rerun.ipynb #46b72622
 import argparse, ast, hashlib, json, logging, os, re, shutil, signal, sys, textwrap, time
+from collections import Counter
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from functools import lru_cache
 from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
-from threading import Thread
+from threading import RLock, Thread
 
 import nbformat
 
@@ -78,7 +79,8 @@ def check_model(
     if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) and not Path(name).exists(): return name
     from spatialid.hooks import HUB, find_checkpoint  # torch comes with it
     if known := find_checkpoint(name): return known.id
-    raise UsageError(f"no model {name!r}; give {', '.join([*bundled(), 'a folder with a config.json'])} or a Hub id such as {HUB[0].id}")
+    problem = f"the folder {name!r} has no config.json, so it holds no model" if Path(name).is_dir() else f"no model {name!r}"
+    raise UsageError(f"{problem}; give {', '.join([*bundled(), 'a folder with a config.json'])} or a Hub id such as {HUB[0].id}")
 
 # %% ../nbs/11_rerun.ipynb #a1057fbe
 def _value(text):
@@ -106,7 +108,9 @@ def _checked(path, name, value):
     kinds = {bool: (bool,), int: (int,), float: (int, float), list: (list, tuple)}.get(type(default), object)
     fits = isinstance(value, kinds) and not (isinstance(value, bool) and type(default) in (int, float)) and not (name.startswith("n_") and value < 1)
     if name == "protocol": fits = value in ("paper", "released")
-    if not fits: raise UsageError(f"{path.stem} cannot take {name}={value!r}: " + ("it is 'paper' or 'released'" if name == "protocol" else f"its default is {default!r}, give one of that kind"))
+    wanted = ("it is 'paper' or 'released'" if name == "protocol" else "give True or False" if isinstance(default, bool) else "give a whole number of at least 1" if name.startswith("n_") and isinstance(default, int)
+              else f"its default is {default!r}, give one of that kind")
+    if not fits: raise UsageError(f"{path.stem} cannot take {name}={value!r}: {wanted}")
     return value
 
 def runs_dir(
@@ -130,7 +134,7 @@ def run_notebook(
     model:str|None=None, # bundled name, folder or Hub id; None leaves the notebook's own
     **params, # other parameters
 ) -> Path: # the executed notebook
-    """Execute a notebook with papermill, without its `eval: false` cells. RunError with the cell and the cause if it fails."""
+    """Execute a notebook with papermill, without its `eval: false` cells; with `quick=True` its results go to `results/<model>/quick`. RunError with the cell and the cause if it fails."""
     import papermill as pm
     for name in ("papermill", "asyncio"): logging.getLogger(name).setLevel(logging.CRITICAL)  # what fails is raised below, once
     if model: params["model"] = model
@@ -139,12 +143,14 @@ def run_notebook(
     nb = nbformat.read(path, 4)
     nb.cells = [c for c in nb.cells if not re.search(r"^#\|\s*eval:\s*false", c.source, re.M | re.I)]
     os.environ["SPATIALID_RESULTS"] = str(results_root().absolute())  # the kernel starts in another folder
+    if params.get("quick"): os.environ["SPATIALID_QUICK"] = "1"  # what it writes does not replace what a full run wrote
     bar = {"desc": path.stem, "bar_format": "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} cells [{elapsed}<{remaining}]"}
     quiet = ["--IPKernelApp.log_level=CRITICAL"]
     try: pm.execute_notebook(nb, out, params, kernel_name="python3", language="python", cwd=path.parent, progress_bar=bar, start_timeout=300,
                              extra_arguments=quiet)
     except pm.PapermillExecutionError as e: raise RunError(f"{_failure(path, e)}\n  The run up to there: {out}") from e
     except RuntimeError as e: raise RunError(f"{path.stem}: the kernel died or did not start ({textwrap.shorten(str(e), 200)}), most often for want of memory; try again, or a smaller batch or model") from e
+    finally: os.environ.pop("SPATIALID_QUICK", None)
     return out
 
 # %% ../nbs/11_rerun.ipynb #fb90bbe1
@@ -248,6 +254,8 @@ def _worker(alone):
     def end_with(parent): parent.join(); os._exit(1)
     Thread(target=end_with, args=(parent_process(),), daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that waits, which ends this one
+    from tqdm import tqdm
+    tqdm.set_lock(RLock())  # its own would be one of several processes, and remain behind where this one is ended
     if not alone: os.environ.update(OMP_NUM_THREADS="1", TQDM_DISABLE="1")
 
 def _first(path, model):
@@ -328,9 +336,11 @@ def holds(
 def _measured(rule, model):
     "The number a rule refers to and its provenance: of `model`, or where it has none of the model that the rule names. None and the reason where neither has."
     why = {}
-    for name in dict.fromkeys((model, rule.get("model", model))):
-        path = results_dir(name)/f"{rule['notebook']}.json"
-        if not path.is_file(): continue
+    asked = [model] if rule.get("named", "").lower() in model.lower() else []
+    for name in dict.fromkeys((*asked, rule.get("model", model))):
+        folder, file = results_dir(name), f"{rule['notebook']}.json"
+        path = next((p for p in (folder/file, folder/"quick"/file) if p.is_file()), None)
+        if path is None: continue
         results = number = json.loads(path.read_text())
         for key in rule["key"].split("."): number = number.get(key) if isinstance(number, dict) else None
         origin = results.get("provenance", {})
@@ -342,7 +352,7 @@ def _measured(rule, model):
 def claims(
     model:str="llava-tiny", # whose results to compare
 ) -> list: # dicts: the entry of claims.json with ours, low, high, n, model, organism, protocol, status
-    """Every claim with what was found: status "holds", "does not hold" or "not yet run"; `reason` says why a run gave no number."""
+    """Every claim with what was found, by `model` or by the model that the claim's rule names (a rule with `named` is about models with that in their name): status "holds", "does not hold" or "not yet run"; `reason` says why a run gave no number."""
     rows = []
     for claim in json.loads((notebooks_dir()/"claims.json").read_text(encoding="utf-8")):
         number, origin = _measured(claim["rule"], model) if claim["rule"] else (None, {})
@@ -384,8 +394,9 @@ def claims_text(
     for r in rows:
         lines.append(f"{r['id']:<20} {r['status']:<14} ours: {_ours(r) or '–'}   paper: {r['paper'] or '–'}")
         lines += textwrap.wrap(_words(r) + (f" Released code: {r['note']}." if r["note"] else ""), width, initial_indent=" "*4, subsequent_indent=" "*4)
-    count = {s: sum(r["status"] == s for r in rows) for s in ("holds", "does not hold", "not yet run")}
-    return "\n".join(lines) + "\n\n" + ", ".join(f"{n} {s}" for s, n in count.items())
+    count = Counter(r["status"] for r in rows)
+    of = Counter(r["model"] for r in rows if r["ours"] is not None)
+    return "\n".join(lines) + "\n\n" + ", ".join(f"{count[s]} {s}" for s in ("holds", "does not hold", "not yet run")) + (f" (measured on {', '.join(f'{m}: {n}' for m, n in of.most_common())})" if of else "")
 
 # %% ../nbs/11_rerun.ipynb #54340d13
 def figures_of(
@@ -445,8 +456,12 @@ def _run(args):
     if args.model and "model" not in parameters_of(path):
         takers = [p.stem for p in notebooks().values() if "model" in parameters_of(p)]
         raise UsageError(f"{path.stem} takes no model; those that do are {', '.join(takers)}")
-    params = parse_parameters(args.params, path)
-    print(run_notebook(path, check_model(args.model) if args.model else None, **params))
+    params, model = parse_parameters(args.params, path), check_model(args.model) if args.model else parameters_of(path).get("model")
+    if model:
+        if path not in (possible := experiments(model)) and path.stem != "12_bench":
+            raise UsageError(f"{path.stem} is for models of the other medium: {args.model} takes {medium_of(model)}s; its experiments are {', '.join(p.stem for p in possible)}")
+        if _first(path, model) and not (results_dir(model)/"spatial_ids.safetensors").is_file(): raise UsageError(f"{path.stem} needs the spatial IDs of {model}: run `spatialid run 03 --model {model}` first")
+    print(run_notebook(path, model if args.model else None, **params))
 
 def _claims(args):
     rows, folder = claims(args.model), results_dir(args.model)

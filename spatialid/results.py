@@ -37,8 +37,10 @@ def write_bytes(
     path:str|Path, # destination; its folder is made if needed
     data, # bytes, or anything with the buffer interface
 ) -> Path:
-    """Write `data` to `path` in one step: a reader sees the old file or the new one. OSError with the remedy if the folder or the disk refuses."""
+    """Write `data` to `path` in one step: a reader sees the old file or the new one. What `spatialid run … -p quick=True` writes goes to a folder `quick` beside
+    the results of a full run. OSError with the remedy if the folder or the disk refuses."""
     path = Path(path)
+    if os.environ.get("SPATIALID_QUICK") and path.absolute().is_relative_to(results_root().absolute()/"results"): path = path.parent/"quick"/path.name
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

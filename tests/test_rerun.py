@@ -52,16 +52,22 @@ def fails(capsys, code, *args):
 
 @pytest.mark.parametrize("args, names", [
     (("run", "9"), "01_a, 02_b"),
-    (("run", "nine"), "01_a, 02_b"),
+    (("run", "nine"), "01_a, 02_b, 03_c"),
     (("run", "01", "--model", "lava-tiny"), "a folder with a config.json or a Hub id such as llava-hf/"),
     (("run", "01", "-p", "m=3"), "it has n and --model"),
     (("run", "01", "-p", "n"), "-p name=value"),
-    (("run", "02", "--model", "toy"), "those that do are 01_a"),
+    (("run", "02", "--model", "toy"), "those that do are 01_a, 03_c"),
     (("reproduce", "--models", "toy,lava-tiny"), "lava-tiny"),
+    (("run", "01", "--model", "nbs"), "the folder 'nbs' has no config.json"),
+    (("run", "03", "-p", "n_scenes=-5"), "give a whole number of at least 1"),
+    (("run", "03", "-p", "quick=maybe"), "give True or False"),
+    (("run", "03", "--model", "onevision-tiny"), "onevision-tiny takes videos; its experiments are"),
+    (("run", "03", "--model", "toy"), "run `spatialid run 03 --model"),
 ])
 def test_wrong_argument_names_the_valid_ones(lab, capsys, args, names):
     lab.notebook("01_a")
     lab.notebook("02_b", parameters="n = 3")
+    lab.notebook("03_c", "stored_ids(vlm, model)", parameters='model = "llava-tiny"\nn_scenes = 3\nquick = False')
     message = fails(capsys, 2, *args)
     assert names in message and message.strip().count("\n") == 0
 
@@ -231,7 +237,7 @@ def test_the_papers_claims(monkeypatch):
     for e in entries:
         assert set(e) == {"id", "source", "claim", "paper", "note", "measure", "rule"} and e["source"] and e["claim"]
         if e["rule"]:
-            assert set(e["rule"]) - {"model"} == {"notebook", "key", "op", "threshold"} and e["rule"]["op"] in rerun.OPS and e["measure"]
+            assert set(e["rule"]) - {"model", "named"} == {"notebook", "key", "op", "threshold"} and e["rule"]["op"] in rerun.OPS and e["measure"]
             assert e["rule"]["notebook"] in rerun.notebooks()
     assert {r["status"] for r in rerun.claims("llava-tiny")} <= {"holds", "does not hold", "not yet run"}
 
@@ -272,6 +278,25 @@ def test_what_a_model_cannot_give_is_read_from_the_model_that_the_rule_names(lab
     assert (row["status"], row["model"]) == ("does not hold", "toy")
     write("toy", number(-1), quick=True)
     assert rerun.claims("toy")[0]["model"] == "other"
+    write("toy-13b", number(-1))
+    entry["rule"]["named"] = "toy-13B"
+    (lab.root/"nbs"/"claims.json").write_text(json.dumps([entry]))
+    write("toy", number(-1))
+    assert [rerun.claims(m)[0]["model"] for m in ("toy", "x/toy-13b")] == ["other", "toy-13b"]
+
+
+def test_a_quick_run_leaves_what_a_full_one_wrote(lab, capsys):
+    save = "from spatialid.results import save_results\nsave_results(model, '01_a', {'claims': {'x': dict(value=1, low=1, high=1, n=1)}}, {'params': {'quick': quick}})"
+    lab.notebook("01_a", save, parameters='model = "toy"\nquick = False')
+    entry = {"id": "x", "source": "§0", "claim": "", "paper": "", "note": "", "measure": "x", "rule": {"notebook": "01_a", "key": "claims.x", "op": ">", "threshold": 0}}
+    (lab.root/"nbs"/"claims.json").write_text(json.dumps([entry]))
+    folder = lab.root/"results"/"toy"
+    assert rerun.main(["run", "01", "--model", lab.toy, "-p", "quick=True"]) == 0 and not (folder/"01_a.json").exists()
+    assert json.loads((folder/"quick"/"01_a.json").read_text())["provenance"]["params"]["quick"] is True
+    assert rerun.claims("toy")[0]["reason"] == "only a quick run so far"
+    assert rerun.main(["run", "01", "--model", lab.toy]) == 0 and rerun.claims("toy")[0]["status"] == "holds"
+    before = (folder/"01_a.json").read_bytes()
+    assert rerun.main(["run", "01", "--model", lab.toy, "-p", "quick=True"]) == 0 and (folder/"01_a.json").read_bytes() == before
 
 
 def test_several_models_are_compared_at_the_end(lab, capsys):
