@@ -119,7 +119,8 @@ _SHORT = (replace(_FIRST, steps=2000), Stage("point", 800, 64, 1e-3, names=5, fr
           Stage("all", 800, 32, 1e-3, places=1, relations=4, others=4, hues=3))
 _VIDEO = (replace(_FIRST, steps=1500, still=True), Stage("point", 600, 64, 1e-3, names=5, fresh=True, still=True),
           Stage("when", 800, 16, 1e-3, names=2, times=4, relations=2, others=2), Stage("all", 800, 16, 1e-3, places=1, times=2, relations=4, others=4))
-RECIPES = {"llava-tiny": Recipe(), "llava-tiny-flat": Recipe(flat=True, stages=_SHORT), "llava-small": Recipe(vision_width=256, width=256, heads=8, intermediate=688, stages=_SHORT),
+RECIPES = {"llava-tiny": Recipe(), "llava-tiny-flat": Recipe(flat=True, stages=_SHORT), "llava-small": Recipe(vision_width=256, width=256, heads=8, intermediate=688,
+               stages=(_SHORT[0], replace(_SHORT[1], stop=500), _SHORT[2], replace(_SHORT[3], steps=500))),
            "qwen2vl-tiny": Recipe("qwen2_vl", patch=5, merge=2, vision_width=64, stages=_SHORT),
            "internvl-tiny": Recipe("internvl", patch=5, merge=2, vision_width=64, stages=_SHORT), "gemma3-tiny": Recipe("gemma3", stages=_SHORT), "mllama-tiny": Recipe("mllama", stages=(*_SHORT[:3], replace(_SHORT[3], steps=500))),
            "onevision-tiny": Recipe("llava_onevision", frames=8, stages=(*_VIDEO, Stage("again", 800, 16, 1e-3, places=1, times=1, relations=3, others=6))), "qwen25vl-tiny": Recipe("qwen2_5_vl", px=84, patch=7, merge=2, vision_width=64, frames=8, stages=(

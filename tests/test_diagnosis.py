@@ -260,6 +260,12 @@ def test_the_stage_that_loses_most_is_named(shares, stage):
     assert dg.decide(dg.resampled_losses(outcomes(*shares)), {"vision": 0.2, "binding": 0.2, "readout": 0.2})[0] == stage
 
 
+def test_no_stage_is_named_where_the_answers_are_right():
+    "However badly the probes of a few pictures do."
+    assert dg.decide(dg.resampled_losses(outcomes(0.75, 0.8, 1, n=24)), dg.TOLERANCE) == ("undetermined", 0)
+    assert dg.decide(dg.resampled_losses(outcomes(0.75, 0.8, 0.8, n=80)), dg.TOLERANCE)[0] == "vision"
+
+
 def test_tolerances_are_fitted_and_judged():
     found = [{"truth": stage, "loss": dg.resampled_losses(outcomes(*shares))} for stage, shares in
              (("vision", (0.7, 0.7, 0.7)), ("binding", (0.9, 0.65, 0.65)), ("readout", (0.9, 0.9, 0.62)), ("undetermined", (0.9, 0.9, 0.9)))]
