@@ -490,8 +490,10 @@ def write_benchmark(folder:str|Path, # made if needed
                     px:int=80, # side of the images
                     **kwargs, # further arguments of FreeScenes: things, background, objects, size, contrast
                     ) -> Path: # the folder
-    "Write `coco_qa_two_obj.json`, `instances_val2017.json` and the images from free scenes."
+    "Write `coco_qa_two_obj.json`, `instances_val2017.json` and the images from free scenes. ValueError for less than one row or a folder that is a file."
     folder, rows, images, boxes = Path(folder), [], [], []
+    if n < 1: raise ValueError(f"a benchmark of {n} questions cannot be written: ask for at least one")
+    if folder.exists() and not folder.is_dir(): raise ValueError(f"{folder} is a file: give a folder to write the benchmark to")
     scenes = FreeScenes(100 * n, seed=seed, px=px, **kwargs)
     category = {name: k for k, name in enumerate(scenes.objects.names, 1)}
     for scene in scenes:

@@ -408,3 +408,10 @@ def test_mvbench_from_the_hub(tmp_path, monkeypatch):
 
 def test_without_the_hub(tmp_path):
     with pytest.raises(OSError, match="cannot fetch MVBench from the Hub's dataset 'OpenGVLab/MVBench'.*HF_TOKEN, or give MVBench a local folder"): MVBench.from_hub(cache=tmp_path)
+
+
+def test_a_benchmark_needs_a_row_and_a_folder(tmp_path):
+    with pytest.raises(ValueError, match="at least one"): write_benchmark(tmp_path / "new", 0)
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ValueError, match="file is a file: give a folder"): write_benchmark(tmp_path / "file", 2)
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
