@@ -606,11 +606,12 @@ def correcting(
     rule:str="raw", # one of `RULES` of notebook 04
     exchange:bool=True, # take out what is on the plane (False: only add)
     instead=None, # function of (layer, samples) -> (b, 2, d): other directions, for pushes of the same norm
+    reference:int=1, # layers before this one get its IDs, the others their own
 ):
     "The edit that writes the IDs of places into subject and object: use as `sweep(..., edits={name: (BOTH, correcting(...))})`."
     known, cells = {}, cell_of(places, ids.ids.shape[1])
     def new(rows, layer, samples):
-        if layer not in known: known[layer] = at_place(ids.at(layer), cells), torch.as_tensor(orthonormal(ids.axes(layer)))
+        if layer not in known: known[layer] = at_place(ids.at(max(layer, reference)), cells), torch.as_tensor(orthonormal(ids.axes(layer)))
         to, plane = known[layer]
         held = (rows - alone[layer][samples].to(rows)).double().cpu() @ plane.T @ plane if exchange else None
         push = scaled(to[samples], held, rows, scale, rule)
@@ -637,14 +638,15 @@ def injected(
     vlm:VLM,
     ids:SpatialIDs,
     asked:Cases,
+    layer:int, # whose IDs are put in at every layer up to it; later ones get their own
     alphas=(0.1, 0.5, 1.0), # α
     seed:int=0,
 ) -> tuple: # {arm: (L, B) bool}, (B,) bool: right after an edit at each layer, and without one
-    "The true IDs put in at every layer, with controls (§A.8)."
+    "The true IDs put in at every layer, with controls; as \"own\" those of the layer itself everywhere (§A.8)."
     alone, n = words_alone(vlm, asked.queries), len(asked)
     shuffled = asked.centres[rng(seed, "permuted").permutation(n)]
-    write = lambda places, *args, **kw: (BOTH, correcting(ids, alone, places, *args, **kw))
-    edits = {"replace, raw": write(asked.centres), "permuted, raw": write(shuffled), "noise, raw": write(asked.centres, instead=gaussian(vlm.width, 2, seed, 9))}
+    write = lambda places, *args, reference=layer, **kw: (BOTH, correcting(ids, alone, places, *args, reference=reference, **kw))
+    edits = {"replace, raw": write(asked.centres), "own, raw": write(asked.centres, reference=1), "permuted, raw": write(shuffled), "noise, raw": write(asked.centres, instead=gaussian(vlm.width, 2, seed, 9))}
     for k, a in enumerate(alphas):
         edits |= {f"add {a:g}": write(asked.centres, a, "diff_norm", False), f"replace {a:g}": write(asked.centres, a, "diff_norm"),
                   f"noise {a:g}": write(asked.centres, a, "diff_norm", False, instead=gaussian(vlm.width, 2, seed, k)), f"permuted {a:g}": write(shuffled, a, "diff_norm", False)}

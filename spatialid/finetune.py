@@ -6,7 +6,7 @@
 __all__ = ['SAMPLERS', 'PAPER', 'ARMS', 'dealt_wrongly', 'SpatialIDLoss', 'Stored', 'read_pictures', 'write_pictures', 'Pictures',
            'question', 'sampled', 'answer_ids', 'teach', 'reading', 'answer_loss', 'group_loss', 'vision_blocks',
            'unfreeze', 'Settings', 'Groups', 'measure', 'finetune', 'SpatialIDTrainer', 'unasked', 'run_seed',
-           'run_seeds', 'gathered', 'over_seeds', 'sign_flips', 'crossed', 'bits', 'compared', 'main', 'told_log']
+           'run_seeds', 'gathered', 'sign_flips', 'crossed', 'bits', 'compared', 'main', 'told_log']
 
 # %% ../nbs/07_finetune.ipynb #8acb1492
 import argparse, hashlib, inspect, json, re, sys
@@ -25,14 +25,13 @@ from accelerate.utils import gather_object
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save
-from scipy.stats import t as student
 from tqdm import tqdm
 from transformers import Trainer
 
 from .data import Benchmark, GridScenes
 from .extraction import SpatialIDs
 from .hooks import VLM, Query
-from .results import results_dir, rng, write_bytes, write_json
+from .results import over_seeds, results_dir, rng, write_bytes, write_json
 from .steering import TEMPLATES, at_place
 
 # %% ../nbs/07_finetune.ipynb #21d77c10
@@ -526,15 +525,6 @@ def gathered(
     return found
 
 # %% ../nbs/07_finetune.ipynb #fee5be88
-def over_seeds(
-    values, # one for each seed
-) -> dict: # value, low, high, n
-    "Mean with Student's 95 % interval. ValueError for a single value."
-    v = np.asarray(values, dtype=float)
-    if len(v) < 2: raise ValueError("an interval over seeds needs at least two of them")
-    half = student.ppf(.975, len(v) - 1) * v.std(ddof=1) / np.sqrt(len(v))
-    return {"value": float(v.mean()), "low": float(v.mean() - half), "high": float(v.mean() + half), "n": len(v)}
-
 def sign_flips(
     values, # differences, one for each seed
 ) -> float: # two-sided p

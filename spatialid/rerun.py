@@ -106,7 +106,7 @@ def _checked(path, name, value):
     "A value of the kind that the parameter's default is of. UsageError otherwise."
     default = parameters_of(path)[name]
     kinds = {bool: (bool,), int: (int,), float: (int, float), list: (list, tuple)}.get(type(default), object)
-    fits = isinstance(value, kinds) and not (isinstance(value, bool) and type(default) in (int, float)) and not (name.startswith("n_") and value < 1)
+    fits = isinstance(value, kinds) and not (isinstance(value, bool) and type(default) in (int, float)) and not (name.startswith("n_") and isinstance(value, (int, float)) and value < 1)
     if name == "protocol": fits = value in ("paper", "released")
     wanted = ("it is 'paper' or 'released'" if name == "protocol" else "give True or False" if isinstance(default, bool) else "give a whole number of at least 1" if name.startswith("n_") and isinstance(default, int)
               else f"its default is {default!r}, give one of that kind")

@@ -211,9 +211,11 @@ CORNERS = {"left": (0, 0), "right": (3, 0), "above": (0, 0), "below": (0, 3)}
 def opposing(
     queries:list,
     beliefs:list, # the model's answers
+    across:float=0.0, # row of left and right, column of above and below
 ) -> tuple: # to, frm: (B, 2, 2) cells of subject and object
     "Where a belief says that subject and object are, and the opposite (§A.5)."
-    frm = np.array([[CORNERS[b], CORNERS[next(a for a in q.answers if a != b)]] for q, b in zip(queries, beliefs)], dtype=float)
+    place = lambda word: np.add(CORNERS[word], (across, 0) if word in ("above", "below") else (0, across))
+    frm = np.array([[place(b), place(next(a for a in q.answers if a != b))] for q, b in zip(queries, beliefs)], dtype=float)
     return frm[:, ::-1].copy(), frm
 
 def dealt(

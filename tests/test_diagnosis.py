@@ -371,9 +371,17 @@ def test_correcting_is_its_formula_and_fast_is_plain(llava, asked):
 
 
 def test_injections_have_their_controls(llava, asked):
-    answers, before = dg.injected(llava, some_ids(llava), asked[:6], (0.1, 1.0))
+    answers, before = dg.injected(llava, some_ids(llava), asked[:6], 2, (0.1, 1.0))
     assert before.shape == (6,) and all(v.shape == (llava.n_layers, 6) for v in answers.values())
-    assert {"add 1", "replace 1", "noise 1", "permuted 1", "replace, raw", "noise, raw", "permuted, raw"} <= set(answers)
+    assert {"own, raw", "add 1", "replace 1", "noise 1", "permuted 1", "replace, raw", "noise, raw", "permuted, raw"} <= set(answers)
+
+
+def test_layers_before_the_reference_get_its_ids(llava, asked):
+    ids, part = some_ids(llava), asked[:3]
+    alone, rows, everything = dg.words_alone(llava, part.queries), torch.randn(3, 2, llava.width, dtype=torch.float64), slice(None)
+    later = [dg.correcting(ids, alone, part.centres, exchange=False, reference=2)(torch.zeros_like(rows), l, everything) for l in (1, 2, 3)]
+    own = [dg.correcting(ids, alone, part.centres, exchange=False)(torch.zeros_like(rows), l, everything) for l in (1, 2, 3)]
+    assert torch.equal(later[0], own[1]) and torch.equal(later[1], own[1]) and torch.equal(later[2], own[2]) and not torch.equal(own[0], own[1])
 
 
 def test_paired_changes_are_mcnemars():
