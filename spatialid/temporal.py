@@ -140,12 +140,10 @@ def moments(
     ids:SpatialIDs, # of a grid of frames × places
     to:float, # frame, from 1; any number
     frm:float|None=None, # frame to leave; None: the mean moment
-    order=None, # deal the IDs of the frames in this order
 ): # function of (layer, samples) -> to (1, 1, d), frm or None: for `pushing`
     "Every query's word goes to one moment: IDs averaged over the places, joined by straight lines."
     def find(layer, samples):
         line = ids.at(layer).mean(0)
-        if order is not None: line = line[list(order)]
         place = lambda f: None if f is None else at_place(np.stack([line, line]), (f - 1, 0))[None, None]
         return place(to), place(frm)
     return find

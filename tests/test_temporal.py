@@ -163,7 +163,6 @@ def test_moments():
     at = lambda f, **k: float(go(f, **k)[0][0, 0, 0])
     assert [at(f) for f in (1, 2, 4, 2.5, 0, 5)] == [0, 1, 9, 2.5, -1, 14] and go(2)[1] is None and float(go(2, 3)[1][0, 0, 0]) == 4
     assert float(go(2)[0][0, 0, 1]) == 0, "places are averaged"
-    assert at(1, order=[3, 2, 1, 0]) == 9
     assert ids.step((0, 2), (3, 2), 1)[0] == 9
     with pytest.raises(ValueError, match="from 0 to 3 and 2"): ids.step((0, 3), (3, 0), 1)
 
