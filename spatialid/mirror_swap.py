@@ -7,7 +7,7 @@ __all__ = ['OPPOSITE', 'COLOUR', 'GROUP_COLOURS', 'left_right', 'mirrored', 'rec
            'colour_pairs', 'released_text', 'figure4_groups', 'touching', 'object_spans', 'whole_objects',
            'text_but_objects', 'question_words', 'random_words', 'belief_follows', 'Curves', 'curves', 'third',
            'mean_over', 'crossing', 'peak', 'band', 'width', 'estimate', 'plot_curves', 'frame', 'ticks', 'moved',
-           'signal_to_noise', 'released_shift', 'belief_figure', 'share_in_middle', 'size_of']
+           'signal_to_noise', 'released_shift', 'belief_figure', 'share_in_middle']
 
 # %% ../nbs/02_mirror_swap.ipynb #90912ec9
 import re
@@ -378,10 +378,3 @@ def share_in_middle(
     "Effect in the middle third of the layers over the size of the effect in all layers below the last."
     below, middle = np.isin(layers, range(1, n_layers)), np.isin(layers, third("middle", n_layers))
     return curve[:, middle].sum(1) / np.abs(curve[:, below]).sum(1)
-
-def size_of(
-    one:dict, # {value, low, high, ...}
-)->dict:
-    "The interval of an absolute value."
-    ends = sorted(map(abs, (one["low"], one["high"])))
-    return {**one, "value": abs(one["value"]), "low": 0.0 if one["low"] <= 0 <= one["high"] else ends[0], "high": ends[1]}

@@ -13,7 +13,7 @@ from PIL import Image
 from spatialid import mirror_swap as ms
 from spatialid.data import Benchmark, FreeScenes, write_benchmark
 from spatialid.hooks import VLM, Query
-from spatialid.results import rng, told
+from spatialid.results import rng, size_of, told
 from spatialid.sweeps import sweep
 from tiny import tiny, tiny_llava
 
@@ -224,8 +224,9 @@ def test_estimate_counts_draws_without_a_value():
 
 @pytest.mark.parametrize("low, high, expected", [(.1, .3, (.2, .1, .3)), (-.3, -.1, (.2, .1, .3)), (-.1, .3, (.1, 0, .3))])
 def test_size_of_an_interval(low, high, expected):
-    found = ms.size_of({"value": (low + high) / 2, "low": low, "high": high, "n": 1})
+    found = size_of({"value": (low + high) / 2, "low": low, "high": high, "n": 1})
     assert (found["value"], found["low"], found["high"]) == pytest.approx(expected)
+    assert size_of({"value": -2, "low": None, "high": None, "n": 1})["value"] == 2 and size_of({"value": None, "low": None, "n": 0})["value"] is None
 
 
 def test_signal_to_noise():
