@@ -741,7 +741,7 @@ def recorded(
     "Numbers from a file if they were made under the same conditions; else made now, and kept there."
     path, stamp = Path(path), json.loads(json.dumps(stamp))
     if path.is_file() and (kept := json.loads(path.read_text())).get("stamp") == stamp: return kept["numbers"], True
-    write_json(path, {"stamp": stamp, "numbers": make()})
+    path = write_json(path, {"stamp": stamp, "numbers": make()})
     return json.loads(path.read_text())["numbers"], False
 
 def released_centre(row) -> list: # (2, 2) pixels, of subject and object
