@@ -185,7 +185,7 @@ FAMILIES = {
     "qwen2_5_vl": Family("Qwen2.5-VL", placeholder="<|vision_start|>{}<|vision_end|>", mrope=True, frames="Qwen2VLImageProcessorPil", fast=True),
     "qwen3_vl": Family("Qwen3-VL", placeholder="<|vision_start|>{}<|vision_end|>", mrope=True, frames="Qwen2VLImageProcessorPil",
                        shared=("shortest_edge", "longest_edge"), fast=True),
-    "mllama": Family("Mllama", placeholder="{}", cross=True),
+    "mllama": Family("Mllama", placeholder="{}", cross=True, fast=True),
     "gemma3": Family("Gemma 3", fast=True),
     "internvl": Family("InternVL", frames="SiglipImageProcessorPil", fast=True),
     "llava_onevision": Family("LLaVA-OneVision", frames="SiglipImageProcessorPil", fast=True),

@@ -10,7 +10,7 @@ __all__ = ['THRESHOLDS', 'first_affected', 'Clean', 'Cells', 'Resumed', 'attenti
 import inspect, time, warnings
 from dataclasses import dataclass, field
 from itertools import groupby
-from types import MethodType
+from types import MethodType, SimpleNamespace
 
 import numpy as np
 import torch
@@ -42,6 +42,12 @@ class Clean:
     rotary:list # N of (cos, sin), each (…, B or 1, T, head size)
     added:dict # {ℓ: (B, T, d)} what the model adds between block ℓ and the next
     real:torch.Tensor # (B, T) bool, False on padding
+    picture:torch.Tensor|None # (B, n, d) cross-attention states of a picture that has no tokens
+    reads:tuple # of such a picture: its mask (B, 1, T, n), and (B, 1, T, 1), 0 for rows that do not read it
+
+    def rows(self, layer:int, picture:bool) -> torch.Tensor: # (B, T, d), or (B, T + n, d) with the rows of the picture
+        "What an edit after `layer` blocks can change."
+        return torch.cat([self.residual[layer], self.picture], 1) if picture else self.residual[layer]
 
     @property
     def sees(self): # (B, T, T) bool or None
@@ -60,11 +66,12 @@ def clean(self:VLM,
     batch, # from `encode`
 ) -> Clean:
     "Run a batch and keep what resuming needs."
-    kept, hooks, cache = {"residual": {}, "masks": {}, "rotary": {}, "out": {}}, [], DynamicCache()
+    kept, hooks, cache = {"residual": {}, "masks": {}, "rotary": {}, "out": {}, "picture": {}}, [], DynamicCache()
     def received(i):
         def hook(module, args, kwargs):
             kept["residual"][i] = args[0] if args else kwargs["hidden_states"]
             kept["masks"][i], kept["rotary"][i] = _visible(kwargs.get("attention_mask")), kwargs.get("position_embeddings")
+            if kwargs.get("cross_attention_states") is not None: kept["picture"] = kwargs
         return hook
     for i, module in enumerate([self.blocks[0], *self.receivers]):
         hooks.append(module.register_forward_pre_hook(received(i), with_kwargs=True))
@@ -75,11 +82,13 @@ def clean(self:VLM,
             out = self.model(**batch.to(self.device, self.model.dtype), past_key_values=cache, use_cache=True, **self.keep_last)
     finally:
         for hook in hooks: hook.remove()
-    N, residual = self.n_layers, kept["residual"]
-    added = {l: residual[l] - kept["out"][l] for l in range(1, N + 1) if residual[l] is not kept["out"][l]}
+    N, residual, seen = self.n_layers, kept["residual"], kept["picture"]
+    for l in range(N - 1, 0, -1): residual.setdefault(l, residual[l + 1]) # a block that is skipped for want of a picture changes nothing
+    picture = seen["cross_attention_states"].reshape(len(residual[0]), -1, self.width) if seen else None
+    added = {l: residual[l] - kept["out"][l] for l in range(1, N + 1) if l in kept["out"] and residual[l] is not kept["out"][l]}
     return Clean(out.logits[:, -1], [residual[l] for l in range(N + 1)], [layer.keys for layer in cache.layers], [layer.values for layer in cache.layers],
-                 [kept["masks"][i] for i in range(N)], [kept["rotary"][i] for i in range(N)], {l: a for l, a in added.items() if a.any()},
-                 batch["attention_mask"].bool().to(self.device))
+                 [kept["masks"].get(i) for i in range(N)], [kept["rotary"].get(i) for i in range(N)], {l: a for l, a in added.items() if a.any()},
+                 batch["attention_mask"].bool().to(self.device), picture, tuple(seen[k] for k in ("cross_attention_mask", "full_text_row_masked_out_mask")) if seen else ())
 
 # %% ../nbs/00_sweeps.ipynb #e88f826d
 @dataclass
@@ -87,16 +96,19 @@ class Cells:
     "Cells that resume from the same clean run and recompute the last S of T rows of B prompts; C cells have started."
     run:Clean
     S:int
-    queue:dict # {ℓ: [(key, function giving the (B, S, d) rows after ℓ blocks), ...]}
+    queue:dict # {ℓ: [(key, function giving the (B, S, d) rows after ℓ blocks; (B, S + n, d) where the cells change the picture), ...]}
     keys:list = field(default_factory=list) # C keys, in the order of `rows`
     rows:torch.Tensor|None = None # (C, B, S, d)
+    picture:torch.Tensor|None = None # (C, B, n, d), where the cells change it
 
     def start(self, layer:int): # cells whose edit is made after `layer` blocks
         new = self.queue.get(layer, ())
         if not new: return
         rows = torch.stack([make() for _, make in new])
         self.keys += [key for key, _ in new]
-        self.rows = rows if self.rows is None else torch.cat([self.rows.to(rows), rows])
+        join = lambda old, new: new if old is None else torch.cat([old.to(new), new])
+        if rows.shape[2] > self.S: self.picture = join(self.picture, rows[:, :, self.S:])
+        self.rows = join(self.rows, rows[:, :, :self.S])
 
     def rotary(self, block:int): # cos and sin of the recomputed rows, each (…, C·B·S, head size)
         C, B = self.rows.shape[:2]
@@ -161,11 +173,27 @@ class attention:
 def _advance(self:VLM, cells, i, limit):
     "One block over all rows that have started."
     live = [c for c in cells if c.rows is not None]
+    if not hasattr(self.blocks[i], "self_attn"):
+        for c in live: self._look(c, i)
+        return
     cos, sin = (torch.cat(x, -2).unsqueeze(-3) for x in zip(*[tuple(c.rotary(i)) for c in live]))
     out = self.blocks[i](torch.cat([c.rows.flatten(0, 2) for c in live])[None], attention_mask=Resumed(live, limit), position_embeddings=(cos, sin))
     for c, new in zip(live, (out[0] if isinstance(out, tuple) else out)[0].split([c.rows[..., 0].numel() for c in live])):
         c.rows = new.view(c.rows.shape)
         if i + 1 in c.run.added: c.rows = c.rows + c.run.added[i + 1][:, -c.S:].to(c.rows)
+
+@patch
+def _look(self:VLM, c, i):
+    "A block that attends to the picture (Mllama; skipped where there is none): rows do not see each other, so those of all cells of a query are one sequence, unless each cell has a picture of its own."
+    if c.run.picture is None: return
+    C, own = len(c.rows), c.picture is not None
+    rows = c.rows.flatten(0, 1) if own else c.rows.transpose(0, 1).flatten(1, 2)
+    mask, reads = (m[:, :, -c.S:].repeat((C, 1, 1, 1) if own else (1, 1, C, 1)) for m in c.run.reads)
+    clean = SimpleNamespace(layers={i: SimpleNamespace(keys=c.run.keys[i], values=c.run.values[i])})
+    with attention(self, "sdpa"):
+        out = self.blocks[i](rows, cross_attention_states=c.picture.flatten(0, 1) if own else None, cross_attention_mask=mask, attention_mask=None,
+                             full_text_row_masked_out_mask=reads, past_key_values=None if own else clean)
+    c.rows = out.view(c.rows.shape) if own else out.unflatten(1, (C, c.S)).transpose(0, 1)
 
 @patch
 def resume(self:VLM,
@@ -206,11 +234,12 @@ class Batch:
         first = [int(row.int().argmax()) if row.any() else T for row in changed]
         return min(first_affected(p, None if self.sees is None else self.sees[b]) for b, p in enumerate(first))
 
-    def ways(self, where:torch.Tensor, swap:bool) -> list: # (B, T) bool: the edited rows; does the source run give the new ones?
+    def ways(self, where:torch.Tensor, swap:bool) -> list: # (B, T or T + n) bool: the edited rows; does the source run give the new ones?
         "[(first layer, run to resume from, rows to recompute)], cheapest first."
-        T = where.shape[1]
+        T = self.base.real.shape[1]
+        where = where[:, :T] | (where[:, T:].any(1, keepdim=True) & self.base.real) # every row may read the picture
         found = [(0, self.base, T - min(self.start(where), T - 1))]
-        if swap:
+        if swap and self.base.picture is None: # else no row behind it is the same in both runs
             last = max([*self.base.added, *self.source.added], default=0) # later additions are not edited, so the prefix must be behind them
             found.append((last, self.source, T - min(self.start(self.affected & ~where), T - 1)))
         return sorted(found, key=lambda way: way[2])
@@ -334,47 +363,48 @@ def _fast(vlm, base, source, edits, layers, memory, progress):
 def _queries_at_once(vlm, base, runs, memory):
     "Queries whose clean runs take at most half of the memory."
     text, longest = vlm.model.config.get_text_config(), max(base, key=lambda q: len(vlm.layout(q).tail))
-    T = vlm.encode([longest])["input_ids"].shape[1]
+    T = vlm.encode([longest])["input_ids"].shape[1] + (vlm.cross_rows if vlm.family.cross else 0)
     kept = 2 * text.num_key_value_heads * vlm.blocks[0].self_attn.head_dim + 2 * vlm.width # keys, values, residual stream in and out
     bytes_ = T * (runs * vlm.n_layers * kept + 4 * text.intermediate_size) * vlm.model.dtype.itemsize
     return max(1, min(64, int(memory / 2 / bytes_)))
 
 # %% ../nbs/00_sweeps.ipynb #7dcbee74
 def _plan(vlm, runs, edits, groups, layers):
-    "[(layer, run, rows to recompute, (name, layer), function giving the first rows)] of all cells."
-    B, T = runs.base.real.shape
+    "[(layer, run, rows to recompute, rows of the picture that go with them, (name, layer), function giving the first rows)] of all cells."
+    (B, T), n = runs.base.real.shape, 0 if runs.base.picture is None else runs.base.picture.shape[1]
     pad = (~runs.base.real).sum(1).tolist()
     for name, (group, new) in edits.items():
         rows = [[p + r for r in found] for p, found in zip(pad, groups[name])]
-        where = torch.zeros(B, T, dtype=torch.bool)
+        where = torch.zeros(B, T + n, dtype=torch.bool)
         for b, found in enumerate(rows): where[b, found] = True
-        where = where.to(runs.base.real.device)
+        where = where[:, :T + n * bool(where[:, T:].any())].to(runs.base.real.device)
         if new is not None and len({*map(len, rows)}) > 1:
             raise ValueError(f"the group {group!r} of the edit '{name}' has {min(map(len, rows))} to {max(map(len, rows))} tokens in these queries: "
                              "sweep those of one length together, or name single words")
         ways = runs.ways(where, new is None)
         for layer in layers:
             _, run, S = next(way for way in ways if layer >= way[0])
-            yield layer, run, S, (name, layer), _first_rows(runs, layer, S, where, None if new is None else torch.tensor(rows, device=where.device), new)
+            yield layer, run, S, where.shape[1] - T, (name, layer), _first_rows(runs, layer, T - S, where, None if new is None else torch.tensor(rows, device=where.device), new)
 
-def _first_rows(runs, layer, S, where, rows, new):
-    "A function that makes the last S rows after an edit at a layer, (B, S, d)."
+def _first_rows(runs, layer, first, where, rows, new):
+    "A function that makes the rows from `first` on after an edit at a layer."
     def make():
-        h = runs.base.residual[layer]
-        if new is None: return torch.where(where[:, -S:, None], runs.source.residual[layer][:, -S:], h[:, -S:])
+        picture = where.shape[1] > runs.base.real.shape[1]
+        h = runs.base.rows(layer, picture)
+        if new is None: return torch.where(where[:, first:, None], runs.source.rows(layer, picture)[:, first:], h[:, first:])
         batch = torch.arange(len(h), device=h.device)[:, None]
-        return h.index_put((batch, rows), new(h[batch, rows], layer, runs.samples).to(h))[:, -S:]
+        return h.index_put((batch, rows), new(h[batch, rows], layer, runs.samples).to(h))[:, first:]
     return make
 
 def _waves(plan, vlm, memory):
     "Lists of `Cells` whose rows fit half of the memory, cells of the same layers together."
     text, waves, room = vlm.model.config.get_text_config(), [], 0
     row = (6 * vlm.width + 3 * text.intermediate_size) * vlm.model.dtype.itemsize
-    for layer, run, S, key, make in sorted(plan, key=lambda cell: cell[0]):
-        need = len(run.real) * S * row
+    for layer, run, S, n, key, make in sorted(plan, key=lambda cell: cell[0]):
+        need = len(run.real) * (S + n) * row
         if need > room or not waves: waves, room = [*waves, {}], memory / 4
         room -= need
-        cells = waves[-1].setdefault((id(run), S), Cells(run, S, {}))
+        cells = waves[-1].setdefault((id(run), S, n), Cells(run, S, {}))
         cells.queue.setdefault(layer, []).append((key, make))
     for wave in waves: yield [*wave.values()]
 

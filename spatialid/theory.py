@@ -10,7 +10,7 @@ __all__ = ['LEARNED', 'ROTARY', 'PLANTED', 'SOURCES', 'WHY', 'pooled', 'directio
            'toy']
 
 # %% ../nbs/09_theory.ipynb #0dd24c71
-import argparse
+import argparse, json
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from math import isqrt
@@ -531,12 +531,15 @@ def why(
     out, # folder of the training runs; a stopped run goes on
     seeds:int=3,
     recipes:dict=WHY, # {arm: Recipe}, the same first stage in all
-)->Path: # results/models/09_why_linear.json, rewritten after each run
+)->Path: # results/models/09_why_linear.json, rewritten after each run; the runs it has of these recipes are kept
     "One recipe with two kinds of supervision and with none, several seeds of each: R² of a linear map from the place to the ID, and accuracy. The first stage of a seed is trained once."
-    path, runs = results_dir("models") / "09_why_linear.json", []
+    path, runs, asked = results_dir("models") / "09_why_linear.json", [], json.loads(json.dumps({a: asdict(r) for a, r in recipes.items()}))
+    before = json.loads(path.read_text()) if path.is_file() else {}
+    known = {(r["arm"], r["seed"]): r for r in before.get("runs", ()) if before["recipes"] == asked}
     for seed in range(seeds):
         first = Path(out) / f"seed {seed}" / "first"
         for arm, recipe in recipes.items():
+            if (arm, seed) in known: runs.append(known[arm, seed]); continue
             recipe, folder = replace(recipe, seed=seed), Path(out) / f"seed {seed}" / arm
             if not folder.is_dir():
                 train("why", first, replace(recipe, stages=recipe.stages[:1]))
@@ -546,7 +549,7 @@ def why(
             vlm = VLM(model.float().cpu().eval(), build(recipe)[1], f"{arm}, seed {seed}", organism=True)
             vlm.model.set_attn_implementation("sdpa")
             runs.append({"arm": arm, "seed": seed, "log": training_log(folder)[-1], "ids": line_of(vlm, seed, px=recipe.px)})
-            write_json(path, {"provenance": provenance(vlm, seed=seed, seeds=seeds), "recipes": {a: asdict(r) for a, r in recipes.items()}, "runs": runs})
+            write_json(path, {"provenance": provenance(vlm, seed=seed, seeds=seeds), "recipes": asked, "runs": runs})
     return path
 
 # %% ../nbs/09_theory.ipynb #7991c474

@@ -1,5 +1,6 @@
 "The resumed sweep against the plain one, its bookkeeping, its metrics, and what it says about bad input."
 import gc
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -33,7 +34,7 @@ SWAPS = {"image": "image", "text": "text", "objects": "objects", "subject": "sub
 def largest(a, b): return max(float((a.logits[n] - b.logits[n]).abs().max()) for n in a.names)
 
 
-@pytest.mark.parametrize("family", ["llava", "qwen2_vl", "qwen3_vl", "gemma3"])
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl", "qwen3_vl", "gemma3", "mllama"])
 def test_swaps_equal_whole_forward_passes(family):
     vlm = in_float64(VLM(*tiny(family), "tiny"))
     assert vlm.family.fast
@@ -43,8 +44,24 @@ def test_swaps_equal_whole_forward_passes(family):
     fast, plain = (sweep(vlm, base, source, SWAPS, logits=True, plain=p) for p in (False, True))
     assert (fast.path, plain.path) == ("fast", "plain")
     assert largest(fast, plain) < 1e-9
-    assert min(float((plain.logits[n][0] - plain.logits["all"][0]).abs().max()) for n in ("image", "text", "objects", "last")) > 1e-3, "the edits do something"
+    first, words = (1, []) if vlm.family.cross else (0, ["text"]) # after the first block that reads the picture; there "text" is all
+    assert min(float((plain.logits[n][first] - plain.logits["all"][first]).abs().max()) for n in ("image", *words, "objects", "last")) > 1e-3, "the edits do something"
     assert torch.allclose(fast.base_log_probs, plain.base_log_probs, atol=1e-9) and torch.allclose(fast.source_log_probs, plain.source_log_probs, atol=1e-9)
+
+
+def test_a_picture_without_tokens_is_changed_and_left_out():
+    "Mllama: edits of the cross-attention states, the same in all queries or not, beside words and alone; and questions without a picture."
+    vlm = in_float64(VLM(*tiny("mllama"), "tiny"))
+    base, g = questions(5, 0, px=32), torch.Generator().manual_seed(0)
+    n, push = vlm.cross_rows, lambda *size: torch.randn(*size, vlm.width, generator=g, dtype=torch.float64)
+    edits = {"picture": ("image", add(push(n))), "each": ("image", add(push(5, n))), "word too": (("object", "image", "last"), lambda rows, layer, samples: rows * (1 + .1 * layer))}
+    fast, plain = (sweep(vlm, base, edits=edits, logits=True, plain=p, memory=m) for p, m in ((False, 1e6), (True, 2e9)))
+    assert (fast.path, plain.path) == ("fast", "plain") and largest(fast, plain) < 1e-9
+    assert all(float((plain.logits[name][0] - plain.logits[name][-1]).abs().max()) > 1e-3 for name in edits), "the edits do something"
+    assert torch.equal(plain.logits["picture"][-1], plain.logits["each"][-1]), "no block reads the picture after the last"
+    blind = [Query(None, q.template, q.words, q.answers) for q in base]
+    edits = {"last": ("last", add(push(1)[0])), "subject": ("subject", lambda rows: 2 * rows)}
+    assert largest(*(sweep(vlm, blind, edits=edits, logits=True, plain=p) for p in (False, True))) < 1e-9
 
 
 def test_each_cell_is_what_patch_and_run_give(llava):
@@ -263,7 +280,7 @@ def test_what_cannot_be_swept_says_why(llava):
 
 def test_a_family_without_resuming_says_so_once():
     vlm = in_float64(VLM(*tiny("mllama"), "tiny"))
-    assert not vlm.family.fast
+    vlm.family = replace(vlm.family, fast=False)
     base, source = questions(2, 0, ["cup", "star"], 32), questions(2, 1, ["cup", "star"], 32)
     with pytest.warns(UserWarning, match="not resumed from cached runs"): swept = sweep(vlm, base, source, {"image": "image", "all": ("image", "all")}, [1, 2])
     import warnings

@@ -348,6 +348,11 @@ def test_why_linear_trains_both_kinds_from_one_first_stage(tmp_path, monkeypatch
     assert logs == [["recognise"], asked, asked, ["recognise"]]
     again = json.loads(th.why(tmp_path / "runs", 1, small).read_text())
     assert [r["ids"] for r in again["runs"]] == [r["ids"] for r in made["runs"]]
+    th.why(tmp_path / "elsewhere", 1, small)
+    assert not (tmp_path / "elsewhere").exists() # what is recorded is not trained again
+    changed = {arm: replace(r, stages=(*r.stages[:1], *(replace(s, steps=1) for s in r.stages[1:]))) for arm, r in small.items()}
+    th.why(tmp_path / "elsewhere", 1, changed)
+    assert (tmp_path / "elsewhere").exists()
     # what the arms are asked
     _, processor = build(next(iter(small.values())))
     steps = {arm: Steps(processor, r, r.stages[1]) for arm, r in small.items() if len(r.stages) > 1}
