@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['LEARNED', 'ROTARY', 'PLANTED', 'SOURCES', 'WHY', 'pooled', 'directions', 'low_rank', 'left_out', 'dealt_out',
            'explained', 'square', 'encodings', 'rotary_index', 'Tiles', 'TileScenes', 'Planted', 'plant', 'plane',
-           'linear_encoding', 'grid_of', 'in_cell', 'written', 'by_head', 'Means', 'Written', 'decompose',
-           'from_weights', 'composed', 'agreement', 'compared', 'read_out', 'r_squared', 'line_of', 'why', 'main',
-           'toy']
+           'linear_encoding', 'patch_rows', 'grid_of', 'in_cell', 'written', 'attention_of', 'by_head', 'Means',
+           'Written', 'decompose', 'from_weights', 'composed', 'agreement', 'compared', 'read_out', 'r_squared',
+           'line_of', 'why', 'main', 'toy']
 
 # %% ../nbs/09_theory.ipynb #0dd24c71
 import argparse, json
@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from torch.nn.functional import pad
 from transformers import LlavaForConditionalGeneration
 
 from .data import LEFT_RIGHT, OBJECTS, GridScenes, Objects, grid_pairs
@@ -311,9 +312,15 @@ def linear_encoding(
     return found
 
 # %% ../nbs/09_theory.ipynb #ab7744a4
+def patch_rows(vlm:VLM, query:Query)->list: # token positions
+    "Where the patches are: image tokens, or rows behind the last token where they enter by cross-attention, without the class token that comes first."
+    if not vlm.family.cross: return vlm.positions(query, "image")
+    T = vlm.encode([query])["input_ids"].shape[1]
+    return list(range(T + 1, T + vlm.cross_rows))
+
 def grid_of(vlm:VLM, query:Query)->int: # patches on a side
-    "Side of the square grid of a query's image tokens. ValueError where they are none, or several."
-    n, pixels = len(vlm.positions(query, "image")), vlm.encode([query])["pixel_values"]
+    "Side of the square grid of a query's patches. ValueError where they are none, or several."
+    n, pixels = len(patch_rows(vlm, query)), vlm.encode([query])["pixel_values"]
     tiles = pixels.shape[pixels.ndim - 4] if pixels.ndim > 3 else 1 # pictures in a row, where a family cuts them
     if tiles > 1 or isqrt(n)**2 != n: raise ValueError(f"the {n} image tokens of {vlm.family.title} are no square grid of one picture, so the patches of a cell are unknown: give square pictures to a family that does not cut them into tiles")
     return isqrt(n)
@@ -325,33 +332,47 @@ def in_cell(side:int, m:int)->np.ndarray: # (m², side²) bool
 
 @contextmanager
 def written(vlm:VLM, rows:list): # token positions, the object's word last
-    "Keep what every block receives, reads and attends to at some rows, and what its MLP writes at the last: [{received, read, value, attention, mlp}, …]. Runs with eager attention."
+    """Keep what every block receives, reads, attends to and adds at some rows, and what its MLP adds at the last: [{received, read, value, attention, mixed, added, mlp}, …]. What attention mixed
+    and what is added differ where a norm (Gemma 3) or a gate (Mllama) stands between. A picture that enters by cross-attention stands behind the T tokens. Runs with eager attention."""
     kept, hooks = [{} for _ in vlm.blocks], []
     def keep(i, name, pick): return lambda module, args, kwargs, out: kept[i].update({name: pick(args, kwargs, out)})
     for i, block in enumerate(vlm.blocks):
-        for module, name, pick in ((block, "received", lambda a, k, o: (a[0] if a else k["hidden_states"])[:, rows]), (block.self_attn.v_proj, "value", lambda a, k, o: o),
-                                   (block.self_attn, "read", lambda a, k, o: a[0] if a else k["hidden_states"]), (block.self_attn, "attention", lambda a, k, o: o[1][:, :, rows]),
-                                   (block.mlp, "mlp", lambda a, k, o: o[:, rows[-1]])):
+        reads, cross = attention_of(block), not hasattr(block, "self_attn")
+        norms = (block.post_attention_layernorm, block.post_feedforward_layernorm) if hasattr(block, "post_feedforward_layernorm") else (reads, block.mlp)
+        gates = [gate.detach().tanh() for gate in (block.cross_attn_attn_gate, block.cross_attn_mlp_gate)] if cross else (1, 1)
+        def added(rows, gate=1): return lambda a, k, o: (o[0] if isinstance(o, tuple) else o)[:, rows] * gate
+        for module, name, pick in ((block, "received", lambda a, k, o: (a[0] if a else k["hidden_states"])[:, rows]), (reads.v_proj, "value", lambda a, k, o: o),
+                                   (reads, "read", lambda a, k, o, cross=cross: k["cross_attention_states"] if cross else a[0] if a else k["hidden_states"]), (reads, "attention", lambda a, k, o: o[1][:, :, rows]),
+                                   (reads, "mixed", added(rows)), (norms[0], "added", added(rows, gates[0])), (norms[1], "mlp", added(rows[-1], gates[1]))):
             hooks.append(module.register_forward_hook(keep(i, name, pick), with_kwargs=True))
     try:
         with attention(vlm, "eager"): yield kept
+        if vlm.family.cross: # what a block does not read counts as not attended
+            T, n = kept[0]["value"].shape[1], vlm.cross_rows
+            for block, k in zip(vlm.blocks, kept):
+                beside = (0, n) if hasattr(block, "self_attn") else (T, 0)
+                k.update(attention=pad(k["attention"], beside), **{name: pad(k[name], (0, 0, *beside)) for name in ("value", "read")})
     finally:
         for hook in hooks: hook.remove()
 
+def attention_of(block): return block.self_attn if hasattr(block, "self_attn") else block.cross_attn
+
 def by_head(block, attention, value): # (b, heads, T), (b, T, key heads · size) -> (b, heads, d)
     "What each head of a block adds to a row through some of its attention: W_out W_V, without the mixing of heads."
-    size = block.self_attn.head_dim
+    size = attention_of(block).head_dim
     value = value.unflatten(-1, (-1, size)).repeat_interleave(attention.shape[1] * size // value.shape[-1], 2) # (b, T, heads, size)
     mixed = torch.einsum("bht,bthd->bhd", attention, value)
-    return torch.einsum("bhd,ohd->bho", mixed, block.self_attn.o_proj.weight.detach().unflatten(1, (-1, size)))
+    return torch.einsum("bhd,ohd->bho", mixed, attention_of(block).o_proj.weight.detach().unflatten(1, (-1, size)))
 
 # %% ../nbs/09_theory.ipynb #4abcf690
 SOURCES = ("own patches", "other patches", "rest of the name", "itself", "other text") # what the object's word attends to
 
-def _sources(vlm, query, own, image, T): # own (b, patches) bool -> (source, b, T) bool
-    "Which tokens belong to which source: each to one of them."
+def _sources(vlm, query, own, image, width): # own (b, patches) bool -> (source, b, width) bool
+    "Which rows belong to which source, each to one of them: T tokens, and behind them a picture without tokens, whose class token counts as another patch."
     row, (start, end), layout = vlm.positions(query, "subject")[0], query.spans["subject"][0], vlm.layout(query)
-    found = torch.zeros(len(SOURCES), len(own), T, dtype=torch.bool)
+    T = width - (vlm.cross_rows if vlm.family.cross else 0)
+    found = torch.zeros(len(SOURCES), len(own), width, dtype=torch.bool)
+    found[1][:, T:] = True
     found[0][:, image], found[1][:, image] = own, ~own
     found[2][:, [T - len(layout.tail) + i for i, (a, b) in enumerate(layout.offsets) if a < end and b > start]] = True
     found[2][:, row], found[3][:, row] = False, True
@@ -362,8 +383,9 @@ def _parts(vlm, kept, final, sources): # sources (source, b, T) bool, final (b, 
     "Of one batch: what is taken from each source (source, b, L, d), what MLPs write (b, L, d), what every head writes (b, L·H, d), attention to own patches (b, L, H), error of the sum."
     taken, mlps, heads, weight, error = [], [], [], [], 0.0
     for l, (block, k) in enumerate(zip(vlm.blocks, kept)):
-        attended = k["attention"][:, :, -1]
-        by_source = [by_head(block, attended * mask[:, None].to(attended), k["value"]).to(final.device) for mask in sources]
+        attended, mixed = k["attention"][:, :, -1], k["mixed"][:, -1]
+        gain = torch.where(mixed == 0, torch.ones_like(mixed), k["added"][:, -1] / mixed)[:, None] # of the norm behind attention, in this picture: 1 without one
+        by_source = [(by_head(block, attended * mask[:, None].to(attended), k["value"]) * gain).to(final.device) for mask in sources]
         each, (before, mlp), after = sum(by_source), (one.to(final.device) for one in (k["received"][:, -1], k["mlp"])), kept[l + 1]["received"][:, -1].to(final.device) if l + 1 < len(kept) else final
         error = max(error, float((before + each.sum(1) + mlp - after.to(each)).abs().max() / after.abs().max()))
         taken.append(torch.stack([one.sum(1) for one in by_source]))
@@ -376,13 +398,16 @@ def _parts(vlm, kept, final, sources): # sources (source, b, T) bool, final (b, 
 # %% ../nbs/09_theory.ipynb #4d9a1fd0
 class Means:
     "Means over the pictures of one prompt, of R tokens up to the object's word: what composition needs."
-    def __init__(self): self.n, self.attention, self.product, self.square = 0, 0.0, 0.0, 0.0
+    def __init__(self): self.n, self.attention, self.scales = 0, 0.0, {}
     def add(self, kept, rows, own): # own (b, T) bool
         plain = lambda one: one.double().cpu().numpy()
         seen = [torch.cat([k["attention"][..., rows], (k["attention"] * own[:, None, None].to(k["attention"])).sum(-1, keepdim=True)], -1) for k in kept]
-        received, read = (np.stack([plain(k["received"] if name == "received" else k["read"][:, rows]) for k in kept], 1) for name in ("received", "read"))
         self.n, self.attention = self.n + len(own), self.attention + np.stack([plain(one).sum(0) for one in seen]) # (L, H, R, R + 1)
-        self.product, self.square = self.product + (received * read).sum(0), self.square + (received**2).sum(0) # (L, R, d): their ratio is the norm's scale
+        for name, pairs in (("before", [(k["received"], k["read"][:, rows]) for k in kept]), ("behind", [(k["mixed"], k["added"]) for k in kept])):
+            enters, leaves = (np.stack([plain(pair[i]) for pair in pairs], 1) for i in (0, 1))
+            self.scales[name] = self.scales.get(name, 0.0) + np.stack([(enters * leaves).sum(0), (enters**2).sum(0)]) # (2, L, R, d): their ratio is the norm's scale
+
+def _scale(product, square): return product / np.maximum(square, np.finfo(float).tiny)
 
 # %% ../nbs/09_theory.ipynb #0c81ac49
 @dataclass
@@ -409,10 +434,10 @@ def decompose(
     flat, basis, seen, attended, worst, means = torch.as_tensor(target.reshape(index.m**2, -1)), [0.0] * L, 0.0, 0.0, 0.0, {}
     for rows in index.batches(0, batch_size):
         queries, of = [scenes[i].query(template) for i in rows], slice(rows.start, rows.stop)
-        row, image = vlm.positions(queries[0], "subject")[0], vlm.positions(queries[0], "image")
+        row, image = vlm.positions(queries[0], "subject")[0], patch_rows(vlm, queries[0])
         cells = torch.as_tensor(in_cell(grid_of(vlm, queries[0]), index.m))
         own = cells[index.b[of].astype(int)]
-        before = list(range(image[-1] + 1, row + 1))
+        before = list(range(image[-1] + 1 if image[-1] < row else 0, row + 1))
         with written(vlm, before) as kept: run = vlm.run(queries, [L], "subject", batch_size)
         sources = _sources(vlm, queries[0], own, image, kept[0]["value"].shape[1])
         taken, mlps, heads, weight, error = _parts(vlm, kept, run.residual(L)[:, 0].to(vlm.device), sources)
@@ -430,28 +455,29 @@ def decompose(
 
 # %% ../nbs/09_theory.ipynb #df0ec3c5
 def _positions(block, basis, m): # value (m², 1, ·) of the positional basis, mean over each cell
-    cells, weight = in_cell(isqrt(len(basis)), m), block.self_attn.v_proj.weight
-    with torch.no_grad(): return block.self_attn.v_proj(torch.as_tensor(cells / cells.sum(1, keepdims=True) @ basis).to(weight))[:, None]
+    cells, project = in_cell(isqrt(len(basis)), m), attention_of(block).v_proj
+    with torch.no_grad(): return project(torch.as_tensor(cells / cells.sum(1, keepdims=True) @ basis).to(project.weight))[:, None]
 
 def from_weights(vlm:VLM, found:Written, m:int=4)->np.ndarray: # (L, m², d)
     "What Eq. 7 predicts for each cell after each block: weights, one mean attention per head, and the positional basis."
-    predicted = []
-    for block, basis, weight in zip(vlm.blocks, found.basis, found.attention):
+    predicted, behind = [], _scale(*sum(one.scales["behind"][:, :, -1] for of in found.means.values() for one in of)) # (L, d), at the word
+    for block, basis, weight, scale in zip(vlm.blocks, found.basis, found.attention, behind):
         value = _positions(block, basis, m)
-        predicted.append(by_head(block, torch.as_tensor(weight).to(value)[None, :, None].expand(m * m, -1, -1), value).sum(1).double().cpu().numpy())
+        predicted.append(by_head(block, torch.as_tensor(weight).to(value)[None, :, None].expand(m * m, -1, -1), value).sum(1).double().cpu().numpy() * scale)
     return np.cumsum(predicted, 0)
 
 def composed(vlm:VLM, found:Written, name:str, m:int=4)->np.ndarray: # (L, m², d)
     "Eq. 7 composed over blocks and over the tokens up to a word of this name (§E.1): the prediction at the word after each block."
     total = []
     for means in found.means[name]:
-        R = means.square.shape[1]
-        rows, after = np.zeros((m * m, R, means.square.shape[2])), []
+        before, behind = (_scale(*means.scales[norm]) for norm in ("before", "behind"))
+        R, d = before.shape[1:]
+        rows, after = np.zeros((m * m, R, d)), []
         for l, (block, basis) in enumerate(zip(vlm.blocks, found.basis)):
-            own, scale = _positions(block, basis, m), means.product[l] / np.maximum(means.square[l], np.finfo(float).tiny)
-            carried = torch.nn.functional.linear(torch.as_tensor(rows * scale).to(own), block.self_attn.v_proj.weight.detach())
+            own = _positions(block, basis, m)
+            carried = torch.nn.functional.linear(torch.as_tensor(rows * before[l]).to(own), attention_of(block).v_proj.weight.detach())
             value, pattern = torch.cat([carried, own], 1), torch.as_tensor(means.attention[l] / means.n).to(own) # (m², R + 1, ·), (H, R, R + 1)
-            rows = rows + np.stack([by_head(block, pattern[None, :, r].expand(m * m, -1, -1), value).sum(1).double().cpu().numpy() for r in range(R)], 1)
+            rows = rows + np.stack([by_head(block, pattern[None, :, r].expand(m * m, -1, -1), value).sum(1).double().cpu().numpy() for r in range(R)], 1) * behind[l]
             after.append(rows[:, -1])
         total.append(np.stack(after))
     return np.mean(total, 0)
