@@ -9,7 +9,7 @@ env: .venv/.ready
 
 .venv/.ready: constraints.txt settings.ini setup.py pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt --config-settings editable_mode=compat -e '.[dev]'
 	$(BIN)/python -m ipykernel install --sys-prefix --name python3
 	touch $@
 

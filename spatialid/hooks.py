@@ -478,7 +478,7 @@ def _hook(rows, edits, kept, layer, cross=None):
         h, n = args[0], args[0].shape[1]
         if cross is not None:
             states = cross.get("states", kwargs.get("cross_attention_states"))
-            h = torch.cat([h, states.view(len(h), -1, h.shape[-1])], 1)
+            h = torch.cat([h, states.view(len(h), -1, h.shape[-1]).to(h.device)], 1)
         batch = torch.arange(len(h), device=h.device)[:, None]
         for where, new in edits:
             where = where.to(h.device)

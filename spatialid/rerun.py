@@ -106,12 +106,14 @@ def _checked(path, name, value):
     "A value of the kind that the parameter's default is of. UsageError otherwise."
     default = parameters_of(path)[name]
     kinds = {bool: (bool,), int: (int,), float: (int, float), list: (list, tuple)}.get(type(default), object)
-    fits = isinstance(value, kinds) and not (isinstance(value, bool) and type(default) in (int, float)) and not (name.startswith("n_") and isinstance(value, (int, float)) and value < 1)
+    fits = isinstance(value, kinds) and not (isinstance(value, bool) and type(default) in (int, float))
+    if counts := name.startswith("n_"): fits = value is default is None or (type(value) is int and value >= 1)
     if name == "protocol": fits = value in ("paper", "released")
-    wanted = ("it is 'paper' or 'released'" if name == "protocol" else "give True or False" if isinstance(default, bool) else "give a whole number of at least 1" if name.startswith("n_") and isinstance(default, int)
+    if name == "benchmark": fits = value is None or Path(str(value)).is_dir()
+    wanted = ("give a folder with a benchmark, such as `spatialid benchmark FOLDER` writes" if name == "benchmark" else "it is 'paper' or 'released'" if name == "protocol" else "give True or False" if isinstance(default, bool) else "give a whole number of at least 1" if counts
               else f"its default is {default!r}, give one of that kind")
     if not fits: raise UsageError(f"{path.stem} cannot take {name}={value!r}: {wanted}")
-    return value
+    return str(Path(str(value)).resolve()) if name == "benchmark" and value is not None else value  # the kernel starts in another folder
 
 def runs_dir(
     model:str|None, # None for a notebook without a model
@@ -121,11 +123,12 @@ def runs_dir(
 
 # %% ../nbs/11_rerun.ipynb #bad8e75c
 def _failure(path, error):
-    "What a reader needs to know of a failed cell: which, its first lines, and the cause."
+    "What a reader needs to know of a failed cell: which, the line that failed and two before it (or the first lines), and the cause."
     sources = [c.source for c in nbformat.read(path, 4).cells]
     where = f"cell {sources.index(error.source) + 1} of {len(sources)}" if error.source in sources else "the injected parameters"
-    lines = error.source.strip().splitlines()
-    code = textwrap.indent("\n".join(lines[:4] + ["…"][:len(lines) - 4 > 0]), "    ")
+    lines, arrow = error.source.splitlines(), re.search(r"^-+> *(\d+) ", re.sub(r"\x1b\[[\d;]*m", "", "\n".join(error.traceback)), re.M)  # in the first frame, which is the cell
+    shown = lines[max(0, int(arrow[1]) - 3):int(arrow[1])] if arrow else lines[:4]
+    code = textwrap.indent("\n".join(line[:200] for line in textwrap.dedent("\n".join(shown)).splitlines()), "    ")
     cause = [textwrap.shorten(line, 300) for line in f"{error.ename}: {error.evalue}".strip().splitlines()]
     return f"{path.stem} failed in {where}:\n{code}\n" + textwrap.indent("\n".join(cause[:3]), "  ")
 

@@ -191,13 +191,13 @@ def questions(
     kinds=("left_right", "above_below"), # asked in turn where there is a choice
     instruction:str="", # added to the question, such as " Answer {} or {}."
 ) -> list: # of `Query`; fewer where the source has no more
-    "Questions of some kinds: one for each scene; of a benchmark whole rows, those of a picture one after the other."
+    "Questions of some kinds, one for each picture."
     found, texts = [], {kind: (template + instruction.format(*answers), answers) for kind, (template, answers) in TEMPLATES.items()}
     if isinstance(source, Benchmark):
         rows = {}
         for i in rng(seed, "rows").permutation(len(source)):
-            if source[i].kind in kinds: rows.setdefault(source[i].image_id, []).append(source[i])
-        return [row.query(texts[row.kind][0]) for row in [row for picture in rows.values() for row in picture][:n]]
+            if source[i].kind in kinds: rows.setdefault(source[i].image_id, source[i])
+        return [row.query(texts[row.kind][0]) for row in list(rows.values())[:n]]
     for scene in source:
         if len(found) == n: break
         kind = kinds[len(found) % len(kinds)]

@@ -10,7 +10,7 @@ __all__ = ['THRESHOLDS', 'first_affected', 'Clean', 'Cells', 'Resumed', 'attenti
 import inspect, time, warnings
 from dataclasses import dataclass, field
 from itertools import groupby
-from types import MethodType, SimpleNamespace
+from types import MethodType
 
 import numpy as np
 import torch
@@ -43,11 +43,12 @@ class Clean:
     added:dict # {ℓ: (B, T, d)} what the model adds between block ℓ and the next
     real:torch.Tensor # (B, T) bool, False on padding
     picture:torch.Tensor|None # (B, n, d) cross-attention states of a picture that has no tokens
-    reads:tuple # of such a picture: its mask (B, 1, T, n), and (B, 1, T, 1), 0 for rows that do not read it
+    reads:tuple # of such a picture: the mask of its rows (B, 1, T, n), and (B, 1, T, 1), 0 for rows before it, which have no MLP in the blocks that read it
 
     def rows(self, layer:int, picture:bool) -> torch.Tensor: # (B, T, d), or (B, T + n, d) with the rows of the picture
         "What an edit after `layer` blocks can change."
-        return torch.cat([self.residual[layer], self.picture], 1) if picture else self.residual[layer]
+        h = self.residual[layer]
+        return torch.cat([h, self.picture.to(h.device)], 1) if picture else h
 
     @property
     def sees(self): # (B, T, T) bool or None
@@ -189,10 +190,8 @@ def _look(self:VLM, c, i):
     C, own = len(c.rows), c.picture is not None
     rows = c.rows.flatten(0, 1) if own else c.rows.transpose(0, 1).flatten(1, 2)
     mask, reads = (m[:, :, -c.S:].repeat((C, 1, 1, 1) if own else (1, 1, C, 1)) for m in c.run.reads)
-    clean = SimpleNamespace(layers={i: SimpleNamespace(keys=c.run.keys[i], values=c.run.values[i])})
     with attention(self, "sdpa"):
-        out = self.blocks[i](rows, cross_attention_states=c.picture.flatten(0, 1) if own else None, cross_attention_mask=mask, attention_mask=None,
-                             full_text_row_masked_out_mask=reads, past_key_values=None if own else clean)
+        out = self.blocks[i](rows, cross_attention_states=c.picture.flatten(0, 1) if own else c.run.picture, cross_attention_mask=mask, attention_mask=None, full_text_row_masked_out_mask=reads)
     c.rows = out.view(c.rows.shape) if own else out.unflatten(1, (C, c.S)).transpose(0, 1)
 
 @patch
@@ -306,6 +305,8 @@ def _same_layout(base, source, samples):
         i = next(i for i, (a, b) in enumerate(zip(*lengths)) if a != b)
         raise ValueError(f"query {samples.start + i} has {lengths[0][i]} tokens as base and {lengths[1][i]} as source: rows can only be swapped "
                          "between prompts of the same length (same words and image size)")
+    if "aspect_ratio_ids" in base and (differ := (base["aspect_ratio_ids"] != source["aspect_ratio_ids"]).flatten(1).any(1)).any():
+        raise ValueError(f"query {samples.start + int(differ.int().argmax())} has pictures of other proportions as base and as source, which are cut into other tiles: give both the same size")
 
 # %% ../nbs/00_sweeps.ipynb #0496141e
 def sweep(
@@ -363,9 +364,10 @@ def _fast(vlm, base, source, edits, layers, memory, progress):
 def _queries_at_once(vlm, base, runs, memory):
     "Queries whose clean runs take at most half of the memory."
     text, longest = vlm.model.config.get_text_config(), max(base, key=lambda q: len(vlm.layout(q).tail))
-    T = vlm.encode([longest])["input_ids"].shape[1] + (vlm.cross_rows if vlm.family.cross else 0)
-    kept = 2 * text.num_key_value_heads * vlm.blocks[0].self_attn.head_dim + 2 * vlm.width # keys, values, residual stream in and out
-    bytes_ = T * (runs * vlm.n_layers * kept + 4 * text.intermediate_size) * vlm.model.dtype.itemsize
+    T, kv = vlm.encode([longest])["input_ids"].shape[1], 2 * text.num_key_value_heads * vlm.blocks[0].self_attn.head_dim
+    apart = runs * vlm.cross_rows * (vlm.width + len(text.cross_attention_layers) * kv) if vlm.family.cross else 0
+    kept = kv + 2 * vlm.width # keys, values, residual stream in and out
+    bytes_ = (T * (runs * vlm.n_layers * kept + 4 * text.intermediate_size) + apart) * vlm.model.dtype.itemsize
     return max(1, min(64, int(memory / 2 / bytes_)))
 
 # %% ../nbs/00_sweeps.ipynb #7dcbee74
@@ -401,7 +403,7 @@ def _waves(plan, vlm, memory):
     text, waves, room = vlm.model.config.get_text_config(), [], 0
     row = (6 * vlm.width + 3 * text.intermediate_size) * vlm.model.dtype.itemsize
     for layer, run, S, n, key, make in sorted(plan, key=lambda cell: cell[0]):
-        need = len(run.real) * (S + n) * row
+        need = len(run.real) * (S * row + 4 * n * vlm.width * vlm.model.dtype.itemsize) # of a picture its rows, keys and values
         if need > room or not waves: waves, room = [*waves, {}], memory / 4
         room -= need
         cells = waves[-1].setdefault((id(run), S, n), Cells(run, S, {}))

@@ -60,6 +60,9 @@ def fails(capsys, code, *args):
     (("reproduce", "--models", "toy,lava-tiny"), "lava-tiny"),
     (("run", "01", "--model", "nbs"), "the folder 'nbs' has no config.json"),
     (("run", "03", "-p", "n_scenes=-5"), "give a whole number of at least 1"),
+    (("run", "03", "-p", "n_rows=2.5"), "give a whole number of at least 1"),
+    (("run", "03", "-p", "n_rows=0"), "give a whole number of at least 1"),
+    (("run", "03", "-p", "benchmark=nowhere"), "`spatialid benchmark FOLDER`"),
     (("run", "03", "-p", "quick=maybe"), "give True or False"),
     (("run", "03", "--model", "onevision-tiny"), "onevision-tiny takes videos; its experiments are"),
     (("run", "03", "--model", "toy"), "run `spatialid run 03 --model"),
@@ -67,7 +70,7 @@ def fails(capsys, code, *args):
 def test_wrong_argument_names_the_valid_ones(lab, capsys, args, names):
     lab.notebook("01_a")
     lab.notebook("02_b", parameters="n = 3")
-    lab.notebook("03_c", "stored_ids(vlm, model)", parameters='model = "llava-tiny"\nn_scenes = 3\nquick = False')
+    lab.notebook("03_c", "stored_ids(vlm, model)", parameters='model = "llava-tiny"\nn_scenes = 3\nn_rows = None\nbenchmark = None\nquick = False')
     message = fails(capsys, 2, *args)
     assert names in message and message.strip().count("\n") == 0
 
@@ -93,10 +96,18 @@ def test_run_injects_parameters_and_drops_eval_false(lab, capsys):
 
 
 def test_failing_notebook_gives_cell_and_cause(lab, capsys):
-    lab.notebook("01_a", "1 + 1", "# the fraction\nx = 1/(n - 3)")
+    lab.notebook("01_a", "1 + 1", "# far above\n" * 9 + "# the fraction\nx = 1/(n - 3)\n# below")
     message = fails(capsys, 1, "run", "1").split("\r")[-1]
-    assert "01_a failed in cell 3 of 3" in message and "x = 1/(n - 3)" in message and "ZeroDivisionError: division by zero" in message
+    assert "01_a failed in cell 3 of 3" in message and "x = 1/(n - 3)" in message and "below" not in message and message.count("far above") == 1 and "ZeroDivisionError: division by zero" in message
     assert len(message.strip().splitlines()) <= 7
+    lab.notebook("02_b", "1 +")
+    assert "1 +" in (message := fails(capsys, 1, "run", "2")) and "SyntaxError" in message
+
+
+def test_a_benchmark_is_found_from_where_one_is(lab, capsys):
+    lab.notebook("01_a", "from pathlib import Path", "Path(benchmark, 'seen').write_text('here')", parameters='model = "toy"\nbenchmark = None')
+    (lab.root/"data").mkdir()
+    assert rerun.main(["run", "1", "-p", "benchmark=data"]) == 0 and (lab.root/"data"/"seen").is_file()
 
 
 def test_dead_kernel(lab, capsys):

@@ -272,9 +272,7 @@ def test_questions_have_one_wording_and_order_and_their_own_pictures(tmp_path):
     assert st.questions(scenes, 1, instruction=' "{}" or "{}"?')[0].text == found[0].text + ' "left" or "right"?'
     rows = Benchmark(write_benchmark(tmp_path, 30, px=32))
     some = st.questions(rows, 100)
-    assert len(some) == len(rows) > len({row.image_id for row in rows}) and {q.kind for q in some} == {"left_right", "above_below"}
-    pictures = [np.asarray(q.image).tobytes() for q in some]
-    assert sum(a != b for a, b in zip(pictures, pictures[1:])) == len({*pictures}) - 1 # those of a picture stand together
+    assert len(some) == len({row.image_id for row in rows}) and {q.kind for q in some} == {"left_right", "above_below"}
     assert all(q.kind == "left_right" for q in st.questions(rows, 100, kinds=("left_right",)))
 
 

@@ -59,6 +59,8 @@ def test_a_picture_without_tokens_is_changed_and_left_out():
     assert (fast.path, plain.path) == ("fast", "plain") and largest(fast, plain) < 1e-9
     assert all(float((plain.logits[name][0] - plain.logits[name][-1]).abs().max()) > 1e-3 for name in edits), "the edits do something"
     assert torch.equal(plain.logits["picture"][-1], plain.logits["each"][-1]), "no block reads the picture after the last"
+    wide, high = (replace(base[0], image=base[0].image.resize(size)) for size in ((32, 16), (16, 32)))
+    with pytest.raises(ValueError, match="query 0 has pictures of other proportions"): sweep(vlm, wide, high, {"image": "image"})
     blind = [Query(None, q.template, q.words, q.answers) for q in base]
     edits = {"last": ("last", add(push(1)[0])), "subject": ("subject", lambda rows: 2 * rows)}
     assert largest(*(sweep(vlm, blind, edits=edits, logits=True, plain=p) for p in (False, True))) < 1e-9

@@ -255,6 +255,9 @@ def test_parts_add_up_to_the_ids(family):
     shares = parts.shares.table[:, 0, :2 * H].sum(1).reshape(2, 16, 16)
     assert np.allclose(np.einsum("occ->o", shares), by_hand) and parts.error < 1e-6
     looks = ~np.array([vlm.family.cross and hasattr(block, "self_attn") for block in vlm.blocks]) # at patches
+    if vlm.family.cross: # nothing of the text is carried through such a block, and its gate is the scale behind
+        scales = next(iter(parts.means.values()))[0].scales
+        assert not scales["before"][0, looks].any() and np.allclose(np.divide(*scales["behind"][:, looks]), np.tanh(1))
     assert ((parts.attention > 0).all(1) == looks).all() and (parts.attention < 1).all() and th.composed(vlm, parts, ids.objects[0]).shape == (3, 16, 32)
 
 
