@@ -425,7 +425,7 @@ def diagnose(
     if isinstance(benchmark, (str, Path)): benchmark = Benchmark(benchmark)
     asked = benchmark if isinstance(benchmark, Cases) else cases(benchmark, n, seed)
     which = np.array([kind in (None, q.kind) for q in asked.queries])
-    if which.sum() < 10: raise ValueError(f"only {which.sum()} questions of kind {kind or 'any'}: a diagnosis resamples questions and needs at least ten")
+    if which.sum() < 10: raise ValueError(f"only {which.sum()} pictures of the benchmark ask {f'about {kind}' if kind else 'a question'}: a diagnosis resamples them and needs at least ten, so give a larger benchmark")
     found = {k: v[which] for k, v in evidence(vlm, ids, asked, layer).items()} # probes are fitted on the pictures of all kinds
     drawn = resampled_losses(found, seed=seed)
     stage, strength = decide(drawn, tolerance)
