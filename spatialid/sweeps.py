@@ -316,7 +316,7 @@ def sweep(
     edits:dict=None, # {name: group} to swap rows, or {name: (group, new)}: new rows, or a function of rows (b, P, d), or of (rows, layer, samples)
     layers=None, # 1 to N (None: all)
     *,
-    memory:float=2e9, # bytes to work in, about
+    memory:float|None=None, # bytes to work in, about (None: 2e9; on a CPU 2e8, which its caches and allocator like better)
     plain:bool=False, # one whole forward pass per cell: the oracle
     logits:bool=False, # keep all logits, not only those of the answers
     progress:bool=False,
@@ -326,6 +326,7 @@ def sweep(
     edits, layers = _edits(edits or {}, source, base), vlm.check_layers(layers) or list(range(1, vlm.n_layers + 1))
     if not (fast := vlm.family.fast and not plain) and not plain: _say_plain(vlm)
     answer_ids, out, kept = vlm._pad_ids(base, "cpu"), {}, {}
+    memory = memory or (2e8 if vlm.device.type == "cpu" else 2e9)
     def write(name, layer, samples, found): # logits (b, V)
         run = Run(found.to("cpu", torch.promote_types(found.dtype, torch.float32)), {}, {}, None, [], answer_ids[samples])
         for target, value in ((out, run.log_probs), *[(kept, run.logits)] * logits):
