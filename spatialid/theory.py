@@ -313,16 +313,18 @@ def linear_encoding(
 
 # %% ../nbs/09_theory.ipynb #ab7744a4
 def patch_rows(vlm:VLM, query:Query)->list: # token positions
-    "Where the patches are: image tokens, or rows behind the last token where they enter by cross-attention, without the class token that comes first."
+    "Where the patches are: image tokens, or rows behind the last token where they enter by cross-attention: those of the first tile, without the class token that comes first."
     if not vlm.family.cross: return vlm.positions(query, "image")
-    T = vlm.encode([query])["input_ids"].shape[1]
-    return list(range(T + 1, T + vlm.cross_rows))
+    T, vision = vlm.encode([query])["input_ids"].shape[1], vlm.model.config.vision_config
+    return list(range(T + 1, T + 1 + (vision.image_size // vision.patch_size)**2))
 
 def grid_of(vlm:VLM, query:Query)->int: # patches on a side
     "Side of the square grid of a query's patches. ValueError where they are none, or several."
-    n, pixels = len(patch_rows(vlm, query)), vlm.encode([query])["pixel_values"]
-    tiles = pixels.shape[pixels.ndim - 4] if pixels.ndim > 3 else 1 # pictures in a row, where a family cuts them
-    if tiles > 1 or isqrt(n)**2 != n: raise ValueError(f"the {n} image tokens of {vlm.family.title} are no square grid of one picture, so the patches of a cell are unknown: give square pictures to a family that does not cut them into tiles")
+    n, batch = len(patch_rows(vlm, query)), vlm.encode([query])
+    shape = batch["pixel_values"].shape # has several pictures in a row, where a family cuts them
+    cut = bool((batch["aspect_ratio_ids"] != 1).any()) if vlm.family.cross else len(shape) > 3 and shape[-4] > 1 # empty tiles, which nothing reads, may stand beside the one
+    if cut or isqrt(n)**2 != n: raise ValueError(f"the {n} image tokens of {vlm.family.title} are no square grid of one picture, so the patches of a cell are unknown: give square pictures "
+                                                 + (f"no larger than a tile of {vlm.model.config.vision_config.image_size} px" if vlm.family.cross else "to a family that does not cut them into tiles"))
     return isqrt(n)
 
 def in_cell(side:int, m:int)->np.ndarray: # (m², side²) bool
@@ -351,7 +353,7 @@ def written(vlm:VLM, rows:list): # token positions, the object's word last
             T, n = kept[0]["value"].shape[1], vlm.cross_rows
             for block, k in zip(vlm.blocks, kept):
                 beside = (0, n) if hasattr(block, "self_attn") else (T, 0)
-                k.update(attention=pad(k["attention"], beside), **{name: pad(k[name], (0, 0, *beside)) for name in ("value", "read")})
+                k.update(attention=pad(k["attention"], beside), **{name: pad(k[name].reshape(len(k["attention"]), -1, k[name].shape[-1]), (0, 0, *beside)) for name in ("value", "read")}) # tiles of a picture in a row
     finally:
         for hook in hooks: hook.remove()
 
@@ -368,7 +370,7 @@ def by_head(block, attention, value): # (b, heads, T), (b, T, key heads · size)
 SOURCES = ("own patches", "other patches", "rest of the name", "itself", "other text") # what the object's word attends to
 
 def _sources(vlm, query, own, image, width): # own (b, patches) bool -> (source, b, width) bool
-    "Which rows belong to which source, each to one of them: T tokens, and behind them a picture without tokens, whose class token counts as another patch."
+    "Which rows belong to which source, each to one of them: T tokens, and behind them a picture without tokens, whose class token and empty tiles count as other patches."
     row, (start, end), layout = vlm.positions(query, "subject")[0], query.spans["subject"][0], vlm.layout(query)
     T = width - (vlm.cross_rows if vlm.family.cross else 0)
     found = torch.zeros(len(SOURCES), len(own), width, dtype=torch.bool)
