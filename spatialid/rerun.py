@@ -14,6 +14,7 @@ from collections import Counter
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from functools import lru_cache
+from itertools import zip_longest
 from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
 from threading import RLock, Thread
@@ -312,7 +313,8 @@ def reproduce(
     small = set(models) & set(bundled())
     try:
         for side_by_side in (True, False):
-            jobs = [(path, model) for model in models if (model in small) == side_by_side for path in experiments(model)]
+            of_each = [[(path, model) for path in experiments(model)] for model in models if (model in small) == side_by_side]
+            jobs = [job for step in zip_longest(*of_each) for job in step if job] # in turns: what is left at the end is short
             if jobs: _run_all(jobs, min(os.cpu_count(), len(jobs), 8) if side_by_side else 1, finished, failed, running)
         if len(models) > 1 and (path := notebooks().get("13_models")) and not failed:
             running[path] = (path, "models")
