@@ -208,15 +208,18 @@ def fingerprint(
 def medium_of(
     model:str, # bundled name, folder or Hub id
 ) -> str|None: # "video", "image", or None where both or unknown
-    """What a model can be asked about: an organism what it was trained on (relations in videos of one frame are relations in pictures), another model what its family takes."""
-    folder = bundled().get(model, Path(model))
-    made, config = (json.loads((folder/f).read_text()) if (folder/f).is_file() else None for f in ("training.json", "config.json"))
-    if made and not made["recipe"].get("frames"): return "image"
-    if made: return None if any(s.get("still") and s.get("relations") for s in made["recipe"].get("stages", ())) else "video"
-    if config is not None and "model_type" not in config: return None
+    """What a model answers questions about: an organism what it was trained on (relations in videos of one frame are relations in pictures), another model what its family takes."""
+    made = bundled().get(model, Path(model))/"training.json"
+    recipe = json.loads(made.read_text())["recipe"] if made.is_file() else None
+    if recipe and recipe.get("frames"): return None if any(s.get("still") and s.get("relations") for s in recipe.get("stages", ())) else "video"
+    return "image" if recipe or _takes_no_videos(model) else None
+
+def _takes_no_videos(model):
+    "Whether a model is of a family that is known to read pictures only."
+    config = bundled().get(model, Path(model))/"config.json"
     from spatialid.hooks import FAMILIES, find_checkpoint  # torch comes with it
-    kind = config.get("model_type") if config else getattr(find_checkpoint(model), "family", None)
-    return "image" if kind in FAMILIES and not FAMILIES[kind].frames else None
+    kind = json.loads(config.read_text()).get("model_type") if config.is_file() else getattr(find_checkpoint(model), "family", None)
+    return kind in FAMILIES and not FAMILIES[kind].frames
 
 def experiments(
     model:str="llava-tiny", # bundled name, folder or Hub id
@@ -463,8 +466,8 @@ def _run(args):
         raise UsageError(f"{path.stem} takes no model; those that do are {', '.join(takers)}")
     params, model = parse_parameters(args.params, path), check_model(args.model) if args.model else parameters_of(path).get("model")
     if model:
-        if path not in (possible := experiments(model)) and path.stem != "12_bench":
-            raise UsageError(f"{path.stem} is for models of the other medium: {args.model} takes {medium_of(model)}s; its experiments are {', '.join(p.stem for p in possible)}")
+        if medium_of(parameters_of(path)["model"]) == "video" and _takes_no_videos(model):
+            raise UsageError(f"{path.stem} is about videos, and {args.model} takes pictures only; its experiments are {', '.join(p.stem for p in experiments(model))}")
         if _first(path, model) and not (results_dir(model)/"spatial_ids.safetensors").is_file(): raise UsageError(f"{path.stem} needs the spatial IDs of {model}: run `spatialid run 03 --model {model}` first")
     print(run_notebook(path, model if args.model else None, **params))
 

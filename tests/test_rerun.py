@@ -64,13 +64,14 @@ def fails(capsys, code, *args):
     (("run", "03", "-p", "n_rows=0"), "give a whole number of at least 1"),
     (("run", "03", "-p", "benchmark=nowhere"), "`spatialid benchmark FOLDER`"),
     (("run", "03", "-p", "quick=maybe"), "give True or False"),
-    (("run", "03", "--model", "onevision-tiny"), "onevision-tiny takes videos; its experiments are"),
+    (("run", "04", "--model", "llava-tiny"), "04_d is about videos, and llava-tiny takes pictures only; its experiments are 03_c"),
     (("run", "03", "--model", "toy"), "run `spatialid run 03 --model"),
 ])
 def test_wrong_argument_names_the_valid_ones(lab, capsys, args, names):
     lab.notebook("01_a")
     lab.notebook("02_b", parameters="n = 3")
     lab.notebook("03_c", "stored_ids(vlm, model)", parameters='model = "llava-tiny"\nn_scenes = 3\nn_rows = None\nbenchmark = None\nquick = False')
+    lab.notebook("04_d", parameters='model = "onevision-tiny"')
     message = fails(capsys, 2, *args)
     assert names in message and message.strip().count("\n") == 0
 
