@@ -571,6 +571,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'spatialid.rerun.claims': ('rerun.html#claims', 'spatialid/rerun.py'),
                                  'spatialid.rerun.claims_markdown': ('rerun.html#claims_markdown', 'spatialid/rerun.py'),
                                  'spatialid.rerun.claims_text': ('rerun.html#claims_text', 'spatialid/rerun.py'),
+                                 'spatialid.rerun.end_with_parent': ('rerun.html#end_with_parent', 'spatialid/rerun.py'),
                                  'spatialid.rerun.experiments': ('rerun.html#experiments', 'spatialid/rerun.py'),
                                  'spatialid.rerun.figures_of': ('rerun.html#figures_of', 'spatialid/rerun.py'),
                                  'spatialid.rerun.find_notebook': ('rerun.html#find_notebook', 'spatialid/rerun.py'),

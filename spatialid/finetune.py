@@ -31,6 +31,7 @@ from transformers import Trainer
 from .data import Benchmark, GridScenes
 from .extraction import SpatialIDs
 from .hooks import VLM, Query
+from .rerun import end_with_parent
 from .results import over_seeds, results_dir, rng, write_bytes, write_json
 from .steering import TEMPLATES, at_place
 
@@ -506,7 +507,7 @@ def run_seeds(
     if processes < 2: return [run_seed(model, arms, seed, *args) for seed in tqdm(seeds, desc="seeds")]
     from spatialid import finetune as home # what another process can import, also where this runs in a notebook
     arms = {name: home.Settings(**asdict(s)) for name, s in arms.items()}
-    with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
+    with ProcessPoolExecutor(processes, get_context("spawn"), end_with_parent) as pool:
         jobs = [pool.submit(home.run_seed, model, arms, seed, *args, threads=1) for seed in seeds]
         return [job.result() for job in tqdm(jobs, desc="seeds")]
 

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['OPS', 'JSON_KEYS', 'UsageError', 'RunError', 'notebooks_dir', 'notebooks', 'find_notebook', 'parameters_of',
            'bundled', 'check_model', 'parse_parameters', 'runs_dir', 'run_notebook', 'weight_digest', 'fingerprint',
-           'medium_of', 'experiments', 'is_done', 'reproduce', 'holds', 'claims', 'claims_markdown', 'claims_text',
-           'figures_of', 'model_page', 'main', 'models_text']
+           'medium_of', 'experiments', 'is_done', 'end_with_parent', 'reproduce', 'holds', 'claims', 'claims_markdown',
+           'claims_text', 'figures_of', 'model_page', 'main', 'models_text']
 
 # %% ../nbs/11_rerun.ipynb #46b72622
 import argparse, ast, hashlib, json, logging, os, re, shutil, signal, sys, textwrap, time
@@ -256,10 +256,14 @@ def _run_and_record(path, model):
     return time.time() - start
 
 # %% ../nbs/11_rerun.ipynb #dd04cc60
+def end_with_parent():
+    "Let this process end when the one that began it does, however that ends."
+    def watch(parent): parent.join(); os._exit(1)
+    Thread(target=watch, args=(parent_process(),), daemon=True).start()
+
 def _worker(alone):
-    "Make this process ready to run notebooks, `alone` or beside others. It ends when the process that began it does, however that ends, and its kernel with it."
-    def end_with(parent): parent.join(); os._exit(1)
-    Thread(target=end_with, args=(parent_process(),), daemon=True).start()
+    "Make this process ready to run notebooks, `alone` or beside others; its kernel ends with it."
+    end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that waits, which ends this one
     from tqdm import tqdm
     tqdm.set_lock(RLock())  # its own would be one of several processes, and remain behind where this one is ended

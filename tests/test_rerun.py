@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import nbformat
+import psutil
 import pytest
 
 from spatialid import rerun, results
@@ -94,6 +95,31 @@ def test_run_injects_parameters_and_drops_eval_false(lab, capsys):
     assert json.loads((lab.root/"results/toy/01_a.json").read_text()) == {"provenance": {}, "n": 7, "sizes": [74, 124]}
     assert (lab.runs/"01_a.ipynb").is_file()
     assert "01_a 100%" in capsys.readouterr().err
+
+
+BEGINNER = """
+import os, time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from spatialid.rerun import end_with_parent
+if __name__ == "__main__":
+    with ProcessPoolExecutor(1, get_context("spawn"), end_with_parent) as pool:
+        print(pool.submit(os.getpid).result(), flush=True)
+        pool.submit(time.sleep, 600).result()
+"""
+
+
+def test_a_process_ends_with_the_one_that_began_it(tmp_path):
+    (tmp_path/"beginner.py").write_text(BEGINNER)
+    with subprocess.Popen([sys.executable, str(tmp_path/"beginner.py")], stdout=subprocess.PIPE, text=True) as beginner:
+        child = psutil.Process(int(beginner.stdout.readline()))
+        assert child.is_running()
+        beginner.kill()
+    for _ in range(200):
+        if not child.is_running() or child.status() == psutil.STATUS_ZOMBIE: return
+        time.sleep(.1)
+    child.kill()
+    raise AssertionError("it goes on alone")
 
 
 def test_failing_notebook_gives_cell_and_cause(lab, capsys):
