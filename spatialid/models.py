@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 from safetensors.torch import load_file
-from scipy.stats import spearmanr
+from scipy.stats import rankdata
 
 from .data import FreeScenes, GridScenes, grid_pairs
 from .extraction import extract, subsample
@@ -100,7 +100,7 @@ def rank_correlation(
     "Spearman's rank correlation with a bootstrap interval over points (a resample without any spread counts as 0) and a two-sided permutation p. ValueError for fewer than 3 points."
     pairs = np.column_stack([x, y]).astype(float)
     if len(pairs) < 3: raise ValueError(f"a correlation of {len(pairs)} points says nothing: run more models, or `trace` a training run")
-    def rho(v): return 0.0 if min(np.ptp(v, axis=0)) == 0 else float(spearmanr(*v.T).statistic)
+    def rho(v): return 0.0 if min(np.ptp(v, axis=0)) == 0 else float(np.corrcoef(rankdata(v, axis=0).T)[0, 1])
     found, g = bootstrap(pairs, rho, n, seed), rng(seed, "permuted points", len(pairs))
     null = [rho(np.column_stack([pairs[:, 0], g.permutation(pairs[:, 1])])) for _ in range(n)]
     return {**found, "p": float((1 + np.sum(np.abs(null) >= abs(found["value"]))) / (1 + n))}
