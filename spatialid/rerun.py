@@ -265,9 +265,9 @@ def _worker(alone):
     "Make this process ready to run notebooks, `alone` or beside others; its kernel ends with it."
     end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that waits, which ends this one
-    from tqdm import tqdm
-    tqdm.set_lock(RLock())  # its own would be one of several processes, and remain behind where this one is ended
     if not alone: os.environ.update(OMP_NUM_THREADS="1", TQDM_DISABLE="1")
+    from tqdm import tqdm  # not before: it reads the environment when it is imported
+    tqdm.set_lock(RLock())  # its own would be one of several processes, and remain behind where this one is ended
 
 def _first(path, model):
     "The experiments that have to be finished before this one begins: notebook 03, whose IDs `stored_ids` reads."

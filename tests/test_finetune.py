@@ -360,7 +360,7 @@ def test_a_killed_run_goes_on_bit_identically_and_two_processes_are_one(tmp_path
 
 # --- arms and statistics
 
-def test_arms_start_from_the_same_weights_and_a_second_call_goes_on(tmp_path, folders):
+def test_arms_start_from_the_same_weights_and_a_second_call_goes_on(tmp_path, folders, monkeypatch):
     model = stored(tmp_path / "llava", "llava")
     s = replace(SMALL, steps=2, every=2, lr=1e-2)
     arms = {"no loss": replace(s, weight=0.), "spatial loss": s, "again": s}
@@ -370,7 +370,10 @@ def test_arms_start_from_the_same_weights_and_a_second_call_goes_on(tmp_path, fo
     assert logs["no loss"][-1]["id_loss"] != logs["spatial loss"][-1]["id_loss"]
     weights = tmp_path / "runs/spatial-loss/5/checkpoint.safetensors"
     written = weights.stat().st_mtime_ns
+    pools, pool = [], ft.ProcessPoolExecutor
+    monkeypatch.setattr(ft, "ProcessPoolExecutor", lambda *a: pools.append(a) or pool(*a))
     assert ft.run_seeds([5], *args[:2], *args[3:], processes=2) == [logs] and weights.stat().st_mtime_ns == written, "a finished run is read, not repeated"
+    assert [ft.end_with_parent in a for a in pools] == [True], "killed, it leaves no process behind"
     found = ft.gathered([logs, logs], [5, 6])["spatial loss"]
     assert found["seeds"] == [5, 6] and found["steps"] == [0, 2] and np.shape(found["all"]) == (2, 2) and len(found["right"][0]) == 12
     assert abs(ft.bits(found)[0].mean() - found["all"][0][-1]) < 1e-12

@@ -170,17 +170,19 @@ from spatialid.results import save_results
 save_results(model, '{me}', {{}}, {{}})"""
 
 
-def test_small_models_run_side_by_side(lab, capsys, monkeypatch):
-    "Two notebooks that wait for each other end; each record names its own files; what needs the IDs of notebook 03 comes after it."
+def test_small_models_run_side_by_side(lab, capfd, monkeypatch):
+    "Two notebooks that wait for each other end; each record names its own files; what needs the IDs of notebook 03 comes after it; their bars do not mix."
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     own = {"parameters": 'model = "llava-tiny"'}
     lab.notebook("01_a", MEET.format(me="01_a", other="03_extraction"), **own)
     lab.notebook("02_b", "# stored_ids(vlm, model)\nassert open('03_extraction.done').read() == 'yes'", **own)
     lab.notebook("03_extraction", MEET.format(me="03_extraction", other="01_a"), "time.sleep(1); open('03_extraction.done', 'w').write('yes')", **own)
-    assert rerun.reproduce(["llava-tiny"]) == 0, capsys.readouterr().err
+    code = rerun.reproduce(["llava-tiny"])
+    err = capfd.readouterr().err
+    assert code == 0 and " cells [" not in err, err
     records = {p.stem: json.loads(p.read_text())["files"] for p in (lab.root/"results"/"llava-tiny"/".runs").glob("*.json")}
     assert {k: list(v) for k, v in records.items()} == {"01_a": ["01_a.json"], "02_b": [], "03_extraction": ["03_extraction.json"]}
-    assert rerun.reproduce(["llava-tiny"]) == 0 and capsys.readouterr().out.count("already done") == 3
+    assert rerun.reproduce(["llava-tiny"]) == 0 and capfd.readouterr().out.count("already done") == 3
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
@@ -335,6 +337,19 @@ def test_a_quick_run_leaves_what_a_full_one_wrote(lab, capsys):
     assert rerun.main(["run", "01", "--model", lab.toy]) == 0 and rerun.claims("toy")[0]["status"] == "holds"
     before = (folder/"01_a.json").read_bytes()
     assert rerun.main(["run", "01", "--model", lab.toy, "-p", "quick=True"]) == 0 and (folder/"01_a.json").read_bytes() == before
+
+
+def test_models_take_turns(lab, monkeypatch):
+    "One notebook for every model before the next notebook, so that no model's longest one is left for the end; of several sizes of model each among its own."
+    for name in ("01_a", "02_b"): lab.notebook(name)
+    (lab.root/"other").mkdir()
+    (lab.root/"other"/"config.json").write_text("{}")
+    asked = []
+    monkeypatch.setattr(rerun, "_run_all", lambda jobs, workers, *rest: asked.append(([(p.stem, Path(m).name) for p, m in jobs], workers)))
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    rerun.reproduce(["llava-tiny", lab.toy, "llava-small", str(lab.root/"other")])
+    turns = lambda *models: [(name, m) for name in ("01_a", "02_b") for m in models]
+    assert asked == [(turns("llava-tiny", "llava-small"), 2), (turns("toy", "other"), 1)]
 
 
 def test_several_models_are_compared_at_the_end(lab, capsys):
