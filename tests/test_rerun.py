@@ -341,7 +341,7 @@ def test_a_quick_run_leaves_what_a_full_one_wrote(lab, capsys):
 
 def test_models_take_turns(lab, monkeypatch):
     "One notebook for every model before the next notebook, so that no model's longest one is left for the end; of several sizes of model each among its own."
-    for name in ("01_a", "02_b"): lab.notebook(name)
+    for name in ("01_a", "02_b"): lab.notebook(name, parameters='model = "llava-tiny"')
     (lab.root/"other").mkdir()
     (lab.root/"other"/"config.json").write_text("{}")
     asked = []
