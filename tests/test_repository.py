@@ -72,6 +72,8 @@ def test_notebooks_are_clean(tmp_path):
     subprocess.run([BIN/"nbdev-clean"], cwd=tree, check=True, capture_output=True)
     changed = [n for n, digest in digests(tree/"nbs", "*.ipynb").items() if digest != digests(ROOT/"nbs", "*.ipynb")[n]]
     assert not changed, "run `make prepare`"
+    noisy = [p.stem for p in NOTEBOOKS for cell in nbformat.read(p, 4).cells if any(o.get("name") == "stderr" for o in cell.get("outputs", ()))]
+    assert not noisy, "a page shows a progress bar or a warning: take it out"
 
 
 def test_readme_is_generated_from_the_index():
