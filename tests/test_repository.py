@@ -76,6 +76,14 @@ def test_notebooks_are_clean(tmp_path):
     assert not noisy, "a page shows a progress bar or a warning: take it out"
 
 
+def test_a_saved_figure_is_on_its_page():
+    for path in NOTEBOOKS:
+        cells = [cell for cell in nbformat.read(path, 4).cells if cell.cell_type == "code" and "def save_figure" not in cell.source]
+        saved = sum("save_figure(" in cell.source for cell in cells)
+        shown = sum("image/png" in o.get("data", {}) for cell in cells for o in cell.outputs)
+        assert shown >= saved, f"{path.name} shows {shown} figures and saves {saved}: end each cell with `plt.show()`"
+
+
 def test_readme_is_generated_from_the_index():
     assert (ROOT/"README.md").read_text(encoding="utf-8") == make_readme.render(), "run `make prepare`"
 

@@ -352,6 +352,25 @@ def test_models_take_turns(lab, monkeypatch):
     assert asked == [(turns("llava-tiny", "llava-small"), 2), (turns("toy", "other"), 1)]
 
 
+def test_the_claims_of_several_models_are_one_table(lab, capsys):
+    "A column for each model with what was measured on itself: a number of the model that a rule names counts there alone. One model of pictures keeps the long form."
+    lab.notebook("01_a", "print(model)")
+    rule = {"notebook": "01_a", "key": "claims.k", "op": ">", "threshold": 0}
+    entry = {"id": "own", "source": "§1", "claim": "c", "paper": "1", "note": "", "measure": "", "rule": rule}
+    (lab.root/"nbs"/"claims.json").write_text(json.dumps([entry, {**entry, "id": "named", "rule": {**rule, "key": "claims.l", "model": "other"}}]))
+    (lab.root/"other").mkdir()
+    (lab.root/"other"/"config.json").write_text("{}")
+    number = lambda low: {"value": low + 1, "low": low, "high": low + 2, "n": 20}
+    for name, found in (("toy", {"k": number(-1)}), ("other", {"k": number(1), "l": number(1)})):
+        results.save_results(name, "01_a", {"claims": found}, {"model": name, "organism": True, "protocol": "paper"})
+    assert rerun.main(["reproduce", "--models", f"{lab.toy},{lab.root/'other'}"]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["own", "✗", "✓", "·"] in lines and ["named", "·", "✓", "·"] in lines, lines
+    assert ["1", "toy:", "0", "of", "1", "hold"] in lines and ["2", "other:", "2", "of", "2", "hold"] in lines
+    assert rerun.main(["reproduce", "--models", lab.toy]) == 0
+    assert "1 holds, 1 does not hold, 0 not yet run (measured on toy: 1, other: 1)" in capsys.readouterr().out
+
+
 def test_several_models_are_compared_at_the_end(lab, capsys):
     lab.notebook("01_a", "print(model)")
     lab.notebook("13_models", f"open(r'{lab.root}/compared', 'w').write('yes')", parameters="seed = 0")
