@@ -414,7 +414,7 @@ def claims_table(
     lines = [" " * 24 + "".join(f"{i:>3}" for i in range(1, len(own) + 1))]
     for claim in claims(models[0]):
         lines.append(f"{claim['id']:<24}" + "".join(f"{MARKS[rows[claim['id']]['status']] if claim['id'] in rows else '·':>3}" for rows in own.values()))
-    lines += ["", "✓ holds, ✗ does not hold, · not measured on that model", ""]
+    lines += ["", "✓ holds, ✗ does not hold, · not measured or not judged on that model", ""]
     for i, (name, rows) in enumerate(own.items(), 1): lines.append(f"{i:>3} {name}: {sum(r['status'] == 'holds' for r in rows.values())} of {len(rows)} hold")
     return "\n".join([*lines, "", "With numbers, intervals and n: spatialid claims --model NAME"])
 
