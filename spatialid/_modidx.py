@@ -562,6 +562,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'spatialid.rerun._run': ('rerun.html#_run', 'spatialid/rerun.py'),
                                  'spatialid.rerun._run_all': ('rerun.html#_run_all', 'spatialid/rerun.py'),
                                  'spatialid.rerun._run_and_record': ('rerun.html#_run_and_record', 'spatialid/rerun.py'),
+                                 'spatialid.rerun._status': ('rerun.html#_status', 'spatialid/rerun.py'),
                                  'spatialid.rerun._takes_no_videos': ('rerun.html#_takes_no_videos', 'spatialid/rerun.py'),
                                  'spatialid.rerun._value': ('rerun.html#_value', 'spatialid/rerun.py'),
                                  'spatialid.rerun._words': ('rerun.html#_words', 'spatialid/rerun.py'),

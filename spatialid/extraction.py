@@ -172,7 +172,8 @@ class SpatialIDs:
 
     def __repr__(self):
         rows, m, d = self.table.shape[-3:]
-        return f"SpatialIDs({self.provenance.get('model', 'unnamed')}: {m} × {rows} cells of width {d}, layers {self.layers[0]} to {self.layers[-1]}, {len(self.objects)} objects, sizes {self.sizes}, {len(self.pairs)} pairs)"
+        objects = "mean of all objects" if self.objects == ["all"] else f"{len(self.objects)} objects"
+        return f"SpatialIDs({self.provenance.get('model', 'unnamed')}: {m} × {rows} cells of width {d}, layers {self.layers[0]} to {self.layers[-1]}, {objects}, sizes {self.sizes}, {len(self.pairs)} pairs)"
 
     def sized(self, size=None)->np.ndarray:
         "The table (object, layer, y, x, d) of one size, or over sizes: their mean (released protocol: the largest)."
@@ -237,8 +238,8 @@ def step(
     "The vector that moves an object from one cell to another. ValueError for a cell that is not on the grid."
     ids, (rows, m) = self.ids if layer is None else self.at(layer), self.table.shape[3:5]
     for cell in (frm, to):
-        if any(v not in range(k) for v, k in zip(cell, (m, rows))):
-            raise ValueError(f"{tuple(cell)} is no cell: column and row are whole numbers from 0 to {m - 1} and {rows - 1} (for places between, steering.at_place)")
+        if np.shape(cell) != (2,) or any(v not in range(k) for v, k in zip(cell, (m, rows))):
+            raise ValueError(f"{cell} is no cell: column and row are whole numbers from 0 to {m - 1} and {rows - 1} (for places between, steering.at_place)")
     return ids[..., to[1], to[0], :] - ids[..., frm[1], frm[0], :]
 
 # %% ../nbs/03_extraction.ipynb #b9543f24

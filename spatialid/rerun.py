@@ -365,14 +365,14 @@ def _measured(rule, model):
 def claims(
     model:str="llava-tiny", # whose results to compare
 ) -> list: # dicts: the entry of claims.json with ours, low, high, n, model, organism, protocol, status
-    """Every claim with what was found, by `model` or by the model that the claim's rule names (a rule with `named` is about models with that in their name): status "holds", "does not hold" or "not yet run"; `reason` says why a run gave no number."""
+    """Every claim with what was found, by `model` or by the model that the claim's rule names (a rule with `named` is about models with that in their name): status "holds", "does not hold" or "not yet run"; `reason` says why a run gave no number, `model` which model it was."""
     rows = []
     for claim in json.loads((notebooks_dir()/"claims.json").read_text(encoding="utf-8")):
         number, origin = _measured(claim["rule"], model) if claim["rule"] else (None, {})
         found = number or {}
         status = "not yet run" if number is None else "holds" if holds(number, claim["rule"]) else "does not hold"
         rows.append({**claim, "ours": found.get("value"), **{k: found.get(k) for k in ("low", "high", "n")}, "status": status,
-                     "reason": origin.get("reason"), "model": origin.get("model", claim["rule"].get("model", model)) if number else None, "organism": origin.get("organism"),
+                     "reason": origin.get("reason"), "model": origin.get("model", claim["rule"].get("model", model) if number else None), "organism": origin.get("organism"),
                      "protocol": origin.get("protocol") if number else None})
     return rows
 
@@ -385,6 +385,8 @@ def _ours(row):
     interval = f" [{_number(row['low'])}, {_number(row['high'])}]" if row["low"] != row["high"] else ""
     return f"{_number(row['ours'])}{interval}, n = {row['n']:,}, {row['model']}{' (organism)' if row['organism'] else ''}"
 
+def _status(row): return "not judged" if row["ours"] is None and row["reason"] else row["status"]
+
 def _words(row):
     "The claim, its source, and what we measure for it."
     return f"{row['claim']} ({row['source']})." + (f" Measured: {row['measure']}." if row["measure"] else "")
@@ -394,7 +396,7 @@ def claims_markdown(
 ) -> str:
     """The claims as a Markdown table."""
     cell = lambda s: str(s).replace("|", "\\|")
-    lines = [[r["id"], _words(r), r["paper"], r["note"], _ours(r), r["status"]] for r in rows]
+    lines = [[r["id"], _words(r), r["paper"], r["note"], _ours(r), _status(r)] for r in rows]
     head = ["id", "claim", "paper", "released code", "ours", "status"]
     return "\n".join("| " + " | ".join(map(cell, line)) + " |" for line in [head, ["-"*w for w in (10, 40, 14, 18, 16, 8)], *lines])
 
@@ -425,19 +427,22 @@ def claims_text(
     width = shutil.get_terminal_size((140, 24)).columns
     lines = []
     for r in rows:
-        lines.append(f"{r['id']:<20} {r['status']:<14} ours: {_ours(r) or '–'}   paper: {r['paper'] or '–'}")
+        lines.append(f"{r['id']:<20} {_status(r):<14} ours: {_ours(r) or '–'}   paper: {r['paper'] or '–'}")
         lines += textwrap.wrap(_words(r) + (f" Released code: {r['note']}." if r["note"] else ""), width, initial_indent=" "*4, subsequent_indent=" "*4)
-    count = Counter(r["status"] for r in rows)
+    count = Counter(map(_status, rows))
     of = Counter(r["model"] for r in rows if r["ours"] is not None)
-    return "\n".join(lines) + "\n\n" + ", ".join(f"{count[s]} {s}" for s in ("holds", "does not hold", "not yet run")) + (f" (measured on {', '.join(f'{m}: {n}' for m, n in of.most_common())})" if of else "")
+    return "\n".join(lines) + "\n\n" + ", ".join(f"{count[s]} {s}" for s in ("holds", "does not hold", "not judged", "not yet run")) + (f" (measured on {', '.join(f'{m}: {n}' for m, n in of.most_common())})" if of else "")
 
 # %% ../nbs/11_rerun.ipynb #54340d13
 def figures_of(
     path:Path, # a notebook
-) -> list: # names, without .png
+) -> dict: # name, without .png -> the heading it stands under
     """The figures that a notebook saves for its model, in order."""
-    code = "\n".join(c.source for c in nbformat.read(path, 4).cells if c.cell_type == "code")
-    return list(dict.fromkeys(re.findall(r'save_figure\(.*?, model, "([\w-]+)"\)', code)))
+    found, heading = {}, path.stem
+    for cell in nbformat.read(path, 4).cells:
+        if cell.cell_type == "markdown": heading = [heading, *re.findall(r"^#+ (.+)$", cell.source, re.M)][-1]
+        else: found |= {name: heading for name in re.findall(r'save_figure\(.*?, model, "([\w-]+)"\)', cell.source) if name not in found}
+    return found
 
 def model_page(
     name:str, # a model with results
@@ -448,13 +453,16 @@ def model_page(
     parts = [f"# {name}", f"> {made.get('architecture', 'A model')}: its card, its claims, its figures."]
     if made:
         rows = [f"| {k.replace('_', ' ')} | {v['value']:.3f} | {v['low']:.3f}–{v['high']:.3f} | {v['n']:,} |" for k, v in made["accuracy"].items()]
-        parts += [f"{made['parameters']:,} parameters, {made['bytes']/1e6:.1f} MB, trained in {made['wall_seconds']/60:.0f} minutes ({made['device']}), seed {made['seed']}. Weights: sha256 `{made['weight_hash'][:16]}…`.",
+        parts += [f"An *organism*: a small model trained on generated scenes. Its numbers stand beside those of the paper's large models, never in their place.",
+                  f"{made['parameters']:,} parameters, {made['bytes']/1e6:.1f} MB, trained in {made['wall_seconds']/60:.0f} minutes ({made['device']}), seed {made['seed']}. Weights: sha256 `{made['weight_hash'][:16]}…`.",
                   "\n".join(["| question | right | 95 % interval | n |", "|---|---|---|---|", *rows])]
     judged = own_claims(name)
     if judged: parts += ["## Claims", claims_markdown(list(judged.values()))]
+    silent = [f"{r['id']} ({r['reason']})" for r in claims(name) if _status(r) == "not judged" and r["model"] == name]
+    if silent: parts += [f"Not judged on this model: {'; '.join(silent)}."]
     for path in notebooks().values():
-        shown = [f for f in figures_of(path) if (folder/f"{f}.png").is_file()]
-        if shown: parts += [f"## [{path.stem}](../{path.name})", *(f"![{f} of {name}](../results/{folder.name}/{f}.png)" for f in shown)]
+        shown = {f: heading for f, heading in figures_of(path).items() if (folder/f"{f}.png").is_file()}
+        if shown: parts += [f"## [{path.stem}](../{path.name})", *(f"![{heading} ({f})](../results/{folder.name}/{f}.png)" for f, heading in shown.items())]
     return "\n\n".join(parts) + "\n"
 
 # %% ../nbs/11_rerun.ipynb #87b42ec0
@@ -507,6 +515,7 @@ def main(
 ) -> int:
     """The command `spatialid`. Returns 0, 1 for a failure, 2 for a wrong argument, 130 if interrupted; one sentence for each."""
     args = _parser().parse_args(argv)
+    if argv is None: signal.signal(signal.SIGTERM, signal.default_int_handler)  # what ends a job of a batch system ends it as Ctrl-C does
     try:
         if args.command == "run": _run(args)
         elif args.command == "reproduce": return reproduce(list(bundled()) if args.models == "all" else args.models.split(","))

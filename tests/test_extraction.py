@@ -321,7 +321,7 @@ def test_bad_input_is_one_clear_sentence(tmp_path, vlm):
             SpatialIDs.load(tmp_path / "cut.safetensors")
     with pytest.raises(FileNotFoundError, match="no file .*nowhere"):
         SpatialIDs.load(tmp_path / "nowhere.safetensors")
-    for cell in ((-1, 0), (4, 1), (0.5, 0)):
+    for cell in ((-1, 0), (4, 1), (0.5, 0), 3, (1, 2, 3)):
         with pytest.raises(ValueError, match="is no cell: column and row are whole numbers from 0 to 3"):
             ids.step((0, 0), cell)
     assert len(repr(ids)) < 300 and "4 × 4 cells" in repr(ids)

@@ -193,7 +193,7 @@ def test_whatever_ends_reproduce_ends_the_kernels_too(lab, how):
     while len(started()) < min(2, os.cpu_count()) and time.time() < deadline and run.poll() is None: time.sleep(.1)
     run.send_signal(how)
     _, err = run.communicate(timeout=60)
-    assert "Traceback" not in err and (how != signal.SIGINT or run.returncode == 130 and "Interrupted in 01_a · llava-tiny" in err)
+    assert "Traceback" not in err and (how == signal.SIGKILL or run.returncode == 130 and "Interrupted in 01_a · llava-tiny" in err and "leaked" not in err), err
     kernels = [Path("/proc")/p.read_text() for p in started()]
     while any(k.exists() for k in kernels) and time.time() < deadline: time.sleep(.1)
     assert kernels and not any(k.exists() for k in kernels)
@@ -310,6 +310,8 @@ def test_what_a_model_cannot_give_is_read_from_the_model_that_the_rule_names(lab
     write("toy", {"value": None, "low": None, "high": None, "n": 0, "not_judged": "it has no table"})
     row, = rerun.claims("toy")
     assert (row["status"], row["reason"]) == ("not yet run", "it has no table")
+    lab.notebook("01_a", "pass")
+    assert "1 not judged, 0 not yet run" in rerun.claims_text([row]) and "Not judged on this model: x (it has no table)." in rerun.model_page("toy")
     write("other", number(1))
     row, = rerun.claims("toy")
     assert (row["status"], row["model"], row["ours"]) == ("holds", "other", 1)
@@ -323,6 +325,18 @@ def test_what_a_model_cannot_give_is_read_from_the_model_that_the_rule_names(lab
     (lab.root/"nbs"/"claims.json").write_text(json.dumps([entry]))
     write("toy", number(-1))
     assert [rerun.claims(m)[0]["model"] for m in ("toy", "x/toy-13b")] == ["other", "toy-13b"]
+
+
+def test_a_figure_stands_on_the_page_under_its_heading(lab):
+    path = lab.root/"nbs"/"01_a.ipynb"
+    lab.notebook("01_a", 'from spatialid.results import save_figure\nsave_figure(fig, model, "one")')
+    nb = nbformat.read(path, 4)
+    nb.cells[0:0] = [nbformat.v4.new_markdown_cell("# Title\n\n## Where it is\n\nText."), nbformat.v4.new_markdown_cell("No heading.")]
+    nbformat.write(nb, path)
+    assert rerun.figures_of(path) == {"one": "Where it is"}
+    (lab.root/"results/toy").mkdir(parents=True)
+    (lab.root/"results/toy/one.png").write_bytes(b"")
+    assert "![Where it is (one)](../results/toy/one.png)" in rerun.model_page("toy")
 
 
 def test_a_quick_run_leaves_what_a_full_one_wrote(lab, capsys):
@@ -368,7 +382,7 @@ def test_the_claims_of_several_models_are_one_table(lab, capsys):
     assert ["own", "✗", "✓", "·"] in lines and ["named", "·", "✓", "·"] in lines, lines
     assert ["1", "toy:", "0", "of", "1", "hold"] in lines and ["2", "other:", "2", "of", "2", "hold"] in lines
     assert rerun.main(["reproduce", "--models", lab.toy]) == 0
-    assert "1 holds, 1 does not hold, 0 not yet run (measured on toy: 1, other: 1)" in capsys.readouterr().out
+    assert "1 holds, 1 does not hold, 0 not judged, 0 not yet run (measured on toy: 1, other: 1)" in capsys.readouterr().out
 
 
 def test_several_models_are_compared_at_the_end(lab, capsys):
