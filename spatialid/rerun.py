@@ -453,7 +453,7 @@ def model_page(
     parts = [f"# {name}", f"> {made.get('architecture', 'A model')}: its card, its claims, its figures."]
     if made:
         rows = [f"| {k.replace('_', ' ')} | {v['value']:.3f} | {v['low']:.3f}–{v['high']:.3f} | {v['n']:,} |" for k, v in made["accuracy"].items()]
-        parts += [f"An *organism*: a small model trained on generated scenes. Its numbers stand beside those of the paper's large models, never in their place.",
+        parts += ["An *organism*: a small model trained on generated scenes. Its numbers stand beside those of the paper's large models, never in their place.",
                   f"{made['parameters']:,} parameters, {made['bytes']/1e6:.1f} MB, trained in {made['wall_seconds']/60:.0f} minutes ({made['device']}), seed {made['seed']}. Weights: sha256 `{made['weight_hash'][:16]}…`.",
                   "\n".join(["| question | right | 95 % interval | n |", "|---|---|---|---|", *rows])]
     judged = own_claims(name)
