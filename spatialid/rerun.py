@@ -456,9 +456,10 @@ def model_page(
         parts += ["An *organism*: a small model trained on generated scenes. Its numbers stand beside those of the paper's large models, never in their place.",
                   f"{made['parameters']:,} parameters, {made['bytes']/1e6:.1f} MB, trained in {made['wall_seconds']/60:.0f} minutes ({made['device']}), seed {made['seed']}. Weights: sha256 `{made['weight_hash'][:16]}…`.",
                   "\n".join(["| question | right | 95 % interval | n |", "|---|---|---|---|", *rows])]
-    judged = own_claims(name)
-    if judged: parts += ["## Claims", claims_markdown(list(judged.values()))]
-    silent = [f"{r['id']} ({r['reason']})" for r in claims(name) if _status(r) == "not judged" and r["model"] == name]
+    rows = [r for r in claims(name) if r["model"] == name]
+    judged = [r for r in rows if r["ours"] is not None]
+    if judged: parts += ["## Claims", claims_markdown(judged)]
+    silent = [f"{r['id']} ({r['reason']})" for r in rows if _status(r) == "not judged"]
     if silent: parts += [f"Not judged on this model: {'; '.join(silent)}."]
     for path in notebooks().values():
         shown = {f: heading for f, heading in figures_of(path).items() if (folder/f"{f}.png").is_file()}
