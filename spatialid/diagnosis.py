@@ -29,7 +29,7 @@ from .data import Benchmark, GridScenes, Objects
 from .extraction import SpatialIDs, extract, orthonormal, stored_ids, subsample
 from .hooks import VLM, Query
 from .results import bootstrap, load_results, rng, write_json
-from .steering import BOTH, TEMPLATES, at_place, gaussian, moves, pushing, scaled
+from .steering import BOTH, TEMPLATES, at_every_layer, at_place, gaussian, moves, pushing, scaled, swept_layers
 from .sweeps import Resumed, add, attention, sweep
 
 # %% ../nbs/06_diagnosis.ipynb #b9587690
@@ -641,16 +641,17 @@ def injected(
     layer:int, # whose IDs are put in at every layer up to it; later ones get their own
     alphas=(0.1, 0.5, 1.0), # α
     seed:int=0,
+    layers=None, # to put them in at; None: all
 ) -> tuple: # {arm: (L, B) bool}, (B,) bool: right after an edit at each layer, and without one
-    "The true IDs put in at every layer, with controls; as \"own\" those of the layer itself everywhere (§A.8)."
-    alone, n = words_alone(vlm, asked.queries), len(asked)
+    "The true IDs put in at each layer, with controls; as \"own\" those of the layer itself everywhere (§A.8)."
+    alone, n = words_alone(vlm, asked.queries, layers), len(asked)
     shuffled = asked.centres[rng(seed, "permuted").permutation(n)]
     write = lambda places, *args, reference=layer, **kw: (BOTH, correcting(ids, alone, places, *args, reference=reference, **kw))
     edits = {"replace, raw": write(asked.centres), "own, raw": write(asked.centres, reference=1), "permuted, raw": write(shuffled), "noise, raw": write(asked.centres, instead=gaussian(vlm.width, 2, seed, 9))}
     for k, a in enumerate(alphas):
         edits |= {f"add {a:g}": write(asked.centres, a, "diff_norm", False), f"replace {a:g}": write(asked.centres, a, "diff_norm"),
                   f"noise {a:g}": write(asked.centres, a, "diff_norm", False, instead=gaussian(vlm.width, 2, seed, k)), f"permuted {a:g}": write(shuffled, a, "diff_norm", False)}
-    s = sweep(vlm, asked.queries, edits=edits)
+    s = sweep(vlm, asked.queries, edits=edits, layers=layers)
     return {name: (s.log_probs[name].argmax(-1).numpy() == s.truth) for name in edits}, s.base_log_probs.argmax(-1).numpy() == s.truth
 
 # %% ../nbs/06_diagnosis.ipynb #93be3dc5
@@ -714,10 +715,10 @@ def own_places(vlm:VLM, ids:SpatialIDs, queries:list, layer:int, ways=WAYS, head
 
 DOSES = {"raw": (1.0, "raw"), "raw, 4": (4.0, "raw"), "0.5": (0.5, "diff_norm"), "1": (1.0, "diff_norm")}
 
-def choose_repair(vlm, ids, asked:Cases, places:dict) -> dict: # {way: (dose, layer, accuracy)}
-    "The dose and layer with the highest accuracy, for each way."
-    alone = words_alone(vlm, asked.queries)
-    s = sweep(vlm, asked.queries, edits={f"{way}/{dose}": (BOTH, correcting(ids, alone, p, *how)) for way, p in places.items() for dose, how in DOSES.items()})
+def choose_repair(vlm, ids, asked:Cases, places:dict, layers=None) -> dict: # {way: (dose, layer, accuracy)}
+    "The dose and layer (of all, or of some) with the highest accuracy, for each way."
+    alone = words_alone(vlm, asked.queries, layers)
+    s = sweep(vlm, asked.queries, layers=layers, edits={f"{way}/{dose}": (BOTH, correcting(ids, alone, p, *how)) for way, p in places.items() for dose, how in DOSES.items()})
     found = {}
     for name, v in s.log_probs.items():
         way, dose = name.split("/")

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['OPPOSITE', 'COLOUR', 'GROUP_COLOURS', 'left_right', 'mirrored', 'recolour', 'recoloured', 'colour_pair',
            'colour_pairs', 'released_text', 'figure4_groups', 'touching', 'object_spans', 'whole_objects',
-           'text_but_objects', 'question_words', 'random_words', 'belief_follows', 'Curves', 'curves', 'third',
-           'mean_over', 'crossing', 'peak', 'band', 'width', 'estimate', 'plot_curves', 'frame', 'ticks', 'moved',
-           'signal_to_noise', 'released_shift', 'belief_figure', 'share_in_middle']
+           'text_but_objects', 'question_words', 'random_words', 'ticks', 'belief_follows', 'Curves', 'curves', 'third',
+           'mean_over', 'crossing', 'peak', 'band', 'width', 'estimate', 'plot_curves', 'legend_above', 'dot', 'frame',
+           'mark_layers', 'moved', 'signal_to_noise', 'released_shift', 'belief_figure', 'share_in_middle']
 
 # %% ../nbs/02_mirror_swap.ipynb #90912ec9
 import re
@@ -168,6 +168,12 @@ def random_words(
         return sorted(rng(seed, "words", query.text).choice(words, k, replace=False).tolist())
     return group
 
+# %% ../nbs/02_mirror_swap.ipynb #49d10cb3
+def ticks(layers)->list:
+    "At most about eight whole layers, the last among them: to label, or to check at."
+    step = -(-len(layers) // 8)
+    return [int(l) for l in layers if (l - layers[-1]) % step == 0]
+
 # %% ../nbs/02_mirror_swap.ipynb #837a2322
 def belief_follows(
     s, # a `Sweep` with source queries of two answers
@@ -291,25 +297,54 @@ def plot_curves(
     c:Curves,
     groups, # which to draw
     shift:int=0, # subtracted from the layers: 1 for the labels of the released scripts
+    notes:int=0, # lines of text to leave room for between the legend and the curves
 ):
-    "Curves with their 95 % intervals."
+    "Curves with their 95 % intervals, and the legend above them."
     for name in groups:
         low, high = np.quantile(c[name][1:], [0.025, 0.975], axis=0)
-        line, = ax.plot(c.layers - shift, c[name][0], marker="o", markersize=4, label=name, color=GROUP_COLOURS[name])
+        line, = ax.plot(c.layers - shift, c[name][0], marker="o", markersize=dot(c.layers), label=name,
+                        color=GROUP_COLOURS[name])
         ax.fill_between(c.layers - shift, low, high, color=line.get_color(), alpha=0.18, linewidth=0)
     frame(ax, c.layers, shift)
-    ax.set(ylabel="belief shift", ylim=(min(-0.08, ax.get_ylim()[0]), max(1.35, ax.get_ylim()[1])))
-    ax.legend(fontsize=8, loc="upper left", ncols=3 if len(groups) == 3 else 2)
+    columns = 3 if len(groups) == 3 else 2
+    legend_above(ax, -(-len(groups) // columns) + notes, ncols=columns)
+    ax.set_ylabel("belief shift")
+
+def legend_above(
+    ax,
+    lines:int, # of the legend, and of notes below it
+    **options, # of the legend
+):
+    "A legend in the upper part of the panel, with the axis of a belief shift stretched until no curve reaches it."
+    low, high = min(-0.08, ax.get_ylim()[0]), max(1.05, ax.get_ylim()[1])
+    ax.set_ylim(low, high + 0.08 * (1 + lines) * (high - low))
+    ax.legend(fontsize=8, loc="upper left", **options)
+
+def dot(layers)->float:
+    "Size of a marker at a layer: smaller where there are many."
+    return 4 if len(layers) <= 12 else 2.5
 
 def frame(ax, layers, shift:int=0):
     "Ticks at layers, and lines where the belief is that of the base (0) and of the source (1)."
     for y in (0, 1): ax.axhline(y, color="0.4", linewidth=0.8, linestyle="--")
     ax.set(xlabel="layer k of the released scripts (ℓ − 1)" if shift else "layer ℓ", xticks=ticks(np.asarray(layers) - shift))
 
-def ticks(layers)->list:
-    "At most about eight whole layers to label."
-    step = -(-len(layers) // 8)
-    return [int(l) for l in layers if (l - layers[-1]) % step == 0]
+def mark_layers(
+    ax,
+    low:float, # layers
+    high:float,
+    text:str, # what they are
+    line:int, # of the notes under the legend, from 1
+    colour,
+):
+    "Shade some layers, and say beside them, on the side that has more room, what they are."
+    ax.axvspan(low, high, color=colour, alpha=0.2, linewidth=0)
+    if high - low < 0.5: ax.axvline((low + high) / 2, color="0.4", linewidth=1, linestyle=":")
+    left, right = ax.get_xlim()
+    ends = low + high > left + right
+    at = (low if ends else high, 0.97 - 0.062 * line)
+    ax.annotate(text, at, xycoords=("data", "axes fraction"), xytext=(-5 if ends else 5, 0), textcoords="offset points",
+                ha="right" if ends else "left", va="top", fontsize=8, color="0.2")
 
 # %% ../nbs/02_mirror_swap.ipynb #648d958b
 def moved(

@@ -70,7 +70,7 @@ def check_config(nbs, problems):
     pages = {t for bar in ("website.sidebar", "website.navbar") for t in targets(at(config, bar) or []) if not WEB.match(t)}
     problems += [f"_quarto.yml: link target {t} missing" for t in sorted(pages) if not (nbs/t).is_file()]
     listed = set(targets(at(config, "website.sidebar") or []))
-    of_site = [p.relative_to(nbs).as_posix() for p in [*sorted(nbs.glob("*.ipynb")), *sorted(nbs.glob("models/*.md"))]]
+    of_site = [p.relative_to(nbs).as_posix() for p in [*sorted(nbs.glob("*.ipynb")), *sorted(nbs.glob("lib/*.ipynb")), *sorted(nbs.glob("models/*.md"))]]
     problems += [f"_quarto.yml: {p} is not in the sidebar" for p in of_site if p not in listed]
     css = at(config, "format.html.css") or []
     files = [*([css] if isinstance(css, str) else css), at(config, "website.favicon"), at(config, "website.image")]
@@ -140,7 +140,7 @@ def check(root):
         problems.append("nbs/_quarto.yml must be a link to _quarto.yml")
     check_config(nbs, problems)
     if not (nbs/"index.ipynb").is_file(): problems.append("the home page nbs/index.ipynb is missing")
-    for path in sorted(nbs.glob("*.ipynb")): check_notebook(path, problems)
+    for path in (*sorted(nbs.glob("*.ipynb")), *sorted(nbs.glob("lib/*.ipynb"))): check_notebook(path, problems)
     for path in (root/"README.md", root/"CONTRIBUTING.md", *sorted(nbs.glob("models/*.md"))):
         text = path.read_text(encoding="utf-8") if path.is_file() else ""
         if not text: problems.append(f"{path.name} is missing")

