@@ -28,7 +28,7 @@ from safetensors import SafetensorError, safe_open
 from scipy.stats import t as student
 from tqdm import tqdm
 
-from .results import provenance as make_provenance, results_dir, rng, write_bytes
+from .results import provenance as make_provenance, results_dir, rng, stored_path, write_bytes
 
 # %% ../nbs/03_extraction.ipynb #83ab037e
 from .data import LEFT_RIGHT as TEMPLATE
@@ -489,8 +489,8 @@ def stored_ids(
     model:str, # whose results: bundled name, local folder or Hub id
     slot:str="first", # or "second": IDs of the object named second
 )->SpatialIDs:
-    "The IDs that notebook 03 left in the results of a model. FileNotFoundError or ValueError where there are none, or those of other weights."
-    path = results_dir(model) / ID_FILES[checked_slot(slot)]
+    "The IDs that notebook 03 left in the results of a model, in a quick run those of its quick run. FileNotFoundError or ValueError where there are none, or those of other weights."
+    path = stored_path(results_dir(model) / ID_FILES[checked_slot(slot)])
     if not path.is_file():
         raise FileNotFoundError(f"there are no spatial IDs of {model} at results/{path.parent.name}/{path.name}: run notebook 03 first (spatialid run 03 --model {model}), in the checkout or with SPATIALID_RESULTS set")
     ids = SpatialIDs.load(path)

@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['RECOGNISE', 'ALL', 'TRAINED', 'LANGUAGE_RECIPES', 'CHAT', 'ASSISTANT', 'END', 'TOKENIZER', 'VOCABULARY', 'GREY',
-           'TEXT', 'LANGUAGE_BUILDERS', 'LanguageStage', 'LanguageRecipe', 'make_tokenizer', 'text_config',
-           'vision_config', 'llava', 'llava_onevision', 'idefics3', 'smolvlm', 'qwen2_vl', 'cross_blocks', 'mllama',
-           'untrained', 'first_blocks', 'build', 'inner_name', 'own_parameters', 'lora_config', 'prepare']
+           'TEXT', 'QWEN', 'LANGUAGE_BUILDERS', 'LanguageStage', 'LanguageRecipe', 'base_tokenizer', 'make_tokenizer',
+           'text_config', 'vision_config', 'llava', 'llava_onevision', 'idefics3', 'smolvlm', 'qwen2_vl',
+           'cross_blocks', 'mllama_vision', 'mllama', 'architecture', 'untrained', 'first_blocks', 'base_of', 'build',
+           'inner_name', 'is_of_base', 'own_parameters', 'lora_config', 'prepare']
 
 # %% ../nbs/lib/language.ipynb #e2920d26
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 import transformers as hf
@@ -35,13 +37,14 @@ class LanguageStage(Stage):
 
 
 RECOGNISE = LanguageStage("recognise", 950, 256, 1e-3, share=.12, cosine=False)
-ALL = LanguageStage("all", 1250, 128, 1e-3, names=2, places=2, relations=4, others=5, hues=1, align=.1, captions=.25, replay=.2)
+ALL = LanguageStage("all", 1250, 128, 1e-3, names=2, places=2, relations=4, others=5, hues=1, share=.88, align=.1,
+                    captions=.25, replay=.2)
 TRAINED = ("lora", "frozen", "random")
 
 # %% ../nbs/lib/language.ipynb #acd569f9
 @dataclass(frozen=True)
 class LanguageRecipe(Recipe):
-    "A recipe whose language model is one that was trained on text. Raises ValueError for an unknown value of `trained`."
+    "A recipe whose language model was trained on text. Raises ValueError for an unknown value of `trained`."
     vision_width: int = 256
     width: int = 576 # of the base
     vision_blocks: int = 6
@@ -57,11 +60,13 @@ class LanguageRecipe(Recipe):
     words: int = 64 # tokens of an answer, at most
 
     def __post_init__(self):
-        if self.trained not in TRAINED: raise ValueError(f"trained is one of {', '.join(TRAINED)}, not {self.trained!r}")
+        if self.trained not in TRAINED:
+            raise ValueError(f"trained is one of {', '.join(TRAINED)}, not {self.trained!r}")
 
 
-_VIDEO = (LanguageStage("recognise", 950, 256, 1e-3, share=.12, cosine=False, still=True),
-          LanguageStage("all", 1250, 64, 1e-3, names=2, places=1, relations=4, others=5, times=2, align=.1, replay=.2))
+_VIDEO = (replace(RECOGNISE, still=True),
+          LanguageStage("all", 1250, 64, 1e-3, names=2, places=1, relations=4, others=5, times=2, share=.88, align=.1,
+                        replay=.2))
 _MERGED = dict(patch=5, merge=2)
 LANGUAGE_RECIPES = {
     "llava-smol": LanguageRecipe(),
@@ -83,133 +88,161 @@ TOKENIZER = BUNDLED / "llava-smol" / "tokenizer.json" # reading it from the base
 VOCABULARY = 49152 # tokens of the base
 
 
+@cache
+def base_tokenizer(path) -> str: # JSON
+    "The base's tokenizer, without the tokens of the bundled model."
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    stored["added_tokens"] = [t for t in stored["added_tokens"] if t["id"] < VOCABULARY]
+    return json.dumps(stored)
+
+
 def make_tokenizer(picture:str, # how the chat template writes a picture
                    video:str="", # and a video
                    **special:str, # names and texts of the tokens that the family adds
                    ) -> PreTrainedTokenizerFast:
     "The base's tokenizer with the special tokens of a family."
-    stored = json.loads(TOKENIZER.read_text(encoding="utf-8"))
-    stored["added_tokens"] = [t for t in stored["added_tokens"] if t["id"] < VOCABULARY] # those of the bundled model go
     return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(json.dumps(stored)), bos_token="<|im_start|>", eos_token=END, pad_token=END,
-        unk_token="<|endoftext|>", padding_side="left", extra_special_tokens=special,
+        tokenizer_object=Tokenizer.from_str(base_tokenizer(TOKENIZER)), bos_token="<|im_start|>", eos_token=END,
+        pad_token=END, unk_token="<|endoftext|>", padding_side="left", extra_special_tokens=special,
         chat_template=CHAT.replace("<image>", picture).replace("<video>", video))
 
 # %% ../nbs/lib/language.ipynb #0fadd08d
 GREY = dict(image_mean=[.5] * 3, image_std=[.5] * 3)
-TEXT = dict(num_attention_heads=9, num_key_value_heads=3, max_position_embeddings=8192, rms_norm_eps=1e-5, bos_token_id=1, eos_token_id=2,
-            pad_token_id=2, tie_word_embeddings=True, rope_parameters=dict(rope_type="default", rope_theta=1e5)) # SmolLM2-135M's
+TEXT = dict(num_attention_heads=9, num_key_value_heads=3, max_position_embeddings=8192, rms_norm_eps=1e-5,
+            bos_token_id=1, eos_token_id=2, pad_token_id=2, tie_word_embeddings=True,
+            rope_parameters=dict(rope_type="default", rope_theta=1e5)) # SmolLM2-135M's
 
 
 def text_config(kind, # a config class
-                r:LanguageRecipe, tokenizer, **own):
+                r:LanguageRecipe, tokenizer, **further):
     "Config of a family's text model in the shape of the base; random weights would have a variance of 1 / width."
-    return kind(**TEXT | dict(vocab_size=len(tokenizer), hidden_size=r.width, intermediate_size=r.intermediate, num_hidden_layers=r.blocks,
-                              initializer_range=r.width ** -.5) | own)
+    size = dict(vocab_size=len(tokenizer), hidden_size=r.width, intermediate_size=r.intermediate,
+                num_hidden_layers=r.blocks, initializer_range=r.width ** -.5)
+    return kind(**TEXT | size | further)
 
 
-def vision_config(kind, r:LanguageRecipe, **own):
+def vision_config(kind, # a config class, or dict
+                  r:LanguageRecipe, **further):
     "Config of a family's vision tower."
-    return kind(**dict(hidden_size=r.vision_width, intermediate_size=4 * r.vision_width, num_hidden_layers=r.vision_blocks,
-                       num_attention_heads=r.heads, image_size=r.px, patch_size=r.patch) | own)
+    size = dict(hidden_size=r.vision_width, intermediate_size=4 * r.vision_width, num_hidden_layers=r.vision_blocks,
+                num_attention_heads=r.heads, image_size=r.px, patch_size=r.patch)
+    return kind(**size | further)
 
 # %% ../nbs/lib/language.ipynb #d3b1fd1b
-def llava(r:LanguageRecipe) -> tuple:
+def llava(r:LanguageRecipe) -> tuple: # config, processor
     "LLaVA: a CLIP tower, a projector of two layers, Llama."
     tok, size = make_tokenizer("<image>\n", image_token="<image>"), {"height": r.px, "width": r.px}
     config = hf.LlavaConfig(
-        vision_config=vision_config(hf.CLIPVisionConfig, r, projection_dim=r.vision_width), text_config=text_config(hf.LlamaConfig, r, tok),
-        image_token_index=tok.image_token_id, vision_feature_layer=-1, vision_feature_select_strategy="default",
-        image_seq_length=r.tiles ** 2, tie_word_embeddings=True)
+        vision_config=vision_config(hf.CLIPVisionConfig, r, projection_dim=r.vision_width),
+        text_config=text_config(hf.LlamaConfig, r, tok), image_token_index=tok.image_token_id, vision_feature_layer=-1,
+        vision_feature_select_strategy="default", image_seq_length=r.tiles ** 2, tie_word_embeddings=True)
     images = hf.CLIPImageProcessorPil(size=size, crop_size=size, **GREY)
-    return config, hf.LlavaProcessor(images, tok, patch_size=r.patch, vision_feature_select_strategy="default", image_token="<image>",
-                                     num_additional_image_tokens=1, chat_template=tok.chat_template)
+    return config, hf.LlavaProcessor(
+        images, tok, patch_size=r.patch, vision_feature_select_strategy="default", image_token="<image>",
+        num_additional_image_tokens=1, chat_template=tok.chat_template)
 
 
-def llava_onevision(r:LanguageRecipe) -> tuple:
+def llava_onevision(r:LanguageRecipe) -> tuple: # config, processor
     "LLaVA-OneVision: a SigLIP tower, frames of a video pooled to a quarter of their tokens, any text model."
     tok = make_tokenizer("<image>\n", "<video>\n", image_token="<image>", video_token="<video>")
     size, grid = dict(size={"height": r.px, "width": r.px}, **GREY), [[r.px, r.px]]
     config = hf.LlavaOnevisionConfig(
         vision_config=vision_config(hf.SiglipVisionConfig, r, vision_use_head=False).to_dict(),
-        text_config=text_config(hf.LlamaConfig, r, tok).to_dict(), image_grid_pinpoints=grid, image_token_index=tok.image_token_id,
-        video_token_index=tok.video_token_id, tie_word_embeddings=True)
+        text_config=text_config(hf.LlamaConfig, r, tok).to_dict(), image_grid_pinpoints=grid,
+        image_token_index=tok.image_token_id, video_token_index=tok.video_token_id, tie_word_embeddings=True)
     images = hf.LlavaOnevisionImageProcessorPil(**size, image_grid_pinpoints=grid)
-    return config, hf.LlavaOnevisionProcessor(images, tok, Frames(**size), num_image_tokens=r.tiles ** 2,
-                                              vision_feature_select_strategy="full", chat_template=tok.chat_template)
+    return config, hf.LlavaOnevisionProcessor(
+        images, tok, Frames(**size), num_image_tokens=r.tiles ** 2, vision_feature_select_strategy="full",
+        chat_template=tok.chat_template)
 
 # %% ../nbs/lib/language.ipynb #ff213fda
-def idefics3(r:LanguageRecipe, name:str="Idefics3", **frames) -> tuple:
+def idefics3(r:LanguageRecipe, name:str="Idefics3") -> tuple: # config, processor
     "Idefics 3: a SigLIP tower, tokens of `merge` × `merge` patches, Llama. Pictures are not split."
     tok = make_tokenizer("<image>", image_token="<image>", fake_image_token="<fake_token_around_image>",
                          end_of_utterance_token="<end_of_utterance>", global_image_token="<global-img>")
-    size = dict(size={"longest_edge": r.px}, max_image_size={"longest_edge": r.px}, do_image_splitting=False, **GREY)
-    if frames: frames = dict(video_processor=Frames(**size))
+    side = {"longest_edge": r.px}
+    size = dict(size=side, max_image_size=side, do_image_splitting=False, **GREY)
     config = getattr(hf, f"{name}Config")(
-        vision_config=vision_config(dict, r), text_config=text_config(hf.LlamaConfig, r, tok).to_dict(), image_token_id=tok.image_token_id,
-        scale_factor=r.merge, tie_word_embeddings=True)
-    images = getattr(hf, f"{name}ImageProcessorPil")(**size)
-    return config, getattr(hf, f"{name}Processor")(images, tok, image_seq_len=r.tiles ** 2, chat_template=tok.chat_template, **frames)
+        vision_config=vision_config(dict, r), text_config=text_config(hf.LlamaConfig, r, tok).to_dict(),
+        image_token_id=tok.image_token_id, scale_factor=r.merge, tie_word_embeddings=True)
+    images, frames = getattr(hf, f"{name}ImageProcessorPil")(**size), dict(video_processor=Frames(**size))
+    return config, getattr(hf, f"{name}Processor")(
+        images, tok, image_seq_len=r.tiles ** 2, chat_template=tok.chat_template, **frames if name == "SmolVLM" else {})
 
 
-def smolvlm(r:LanguageRecipe) -> tuple:
+def smolvlm(r:LanguageRecipe) -> tuple: # config, processor
     "SmolVLM: as Idefics 3, and videos."
-    return idefics3(r, "SmolVLM", video_processor=True)
+    return idefics3(r, "SmolVLM")
 
 # %% ../nbs/lib/language.ipynb #f92de975
-def qwen2_vl(r:LanguageRecipe) -> tuple:
+QWEN = dict(image_token="<|image_pad|>", video_token="<|video_pad|>", vision_start_token="<|vision_start|>",
+            vision_end_token="<|vision_end|>")
+
+
+def qwen2_vl(r:LanguageRecipe) -> tuple: # config, processor
     "Qwen2-VL: its own tower, tokens of `merge` × `merge` patches, mRoPE."
-    special = dict(image_token="<|image_pad|>", video_token="<|video_pad|>", vision_start_token="<|vision_start|>",
-                   vision_end_token="<|vision_end|>")
-    tok = make_tokenizer("<|vision_start|><|image_pad|><|vision_end|>", "<|vision_start|><|video_pad|><|vision_end|>", **special)
+    frame = "<|vision_start|>{}<|vision_end|>"
+    tok = make_tokenizer(frame.format(QWEN["image_token"]), frame.format(QWEN["video_token"]), **QWEN)
     area = {"shortest_edge": r.px ** 2, "longest_edge": r.px ** 2}
     patches = dict(patch_size=r.patch, temporal_patch_size=2, merge_size=r.merge, size=area, **GREY)
-    rope = TEXT["rope_parameters"] | dict(mrope_section=[2, 3, 3] * 4) # of 32 rotations, the fastest first: time, height, width, time, …
+    turns = dict(mrope_section=[2, 3, 3] * 4) # of 32 rotations, the fastest first: time, height, width, time, …
+    text = text_config(hf.Qwen2VLTextConfig, r, tok, rope_parameters=TEXT["rope_parameters"] | turns)
     config = hf.Qwen2VLConfig(
-        vision_config=dict(depth=r.vision_blocks, num_heads=r.heads, patch_size=r.patch, temporal_patch_size=2, spatial_merge_size=r.merge,
-                           embed_dim=r.vision_width, hidden_size=r.width, mlp_ratio=4),
-        text_config=text_config(hf.Qwen2VLTextConfig, r, tok, rope_parameters=rope).to_dict(), tie_word_embeddings=True,
-        **{f"{name}_id": tok.convert_tokens_to_ids(token) for name, token in special.items()})
-    frames = Frames(**patches)
-    return config, hf.Qwen2VLProcessor(hf.Qwen2VLImageProcessorPil(**patches), tok, frames, chat_template=tok.chat_template)
+        vision_config=dict(depth=r.vision_blocks, num_heads=r.heads, patch_size=r.patch, temporal_patch_size=2,
+                           mlp_ratio=4, spatial_merge_size=r.merge, embed_dim=r.vision_width, hidden_size=r.width),
+        text_config=text.to_dict(), tie_word_embeddings=True,
+        **{f"{name}_id": tok.convert_tokens_to_ids(token) for name, token in QWEN.items()})
+    images = hf.Qwen2VLImageProcessorPil(**patches)
+    return config, hf.Qwen2VLProcessor(images, tok, Frames(**patches), chat_template=tok.chat_template)
 
 # %% ../nbs/lib/language.ipynb #cd205c44
 def cross_blocks(blocks:int, # of the base
                  ) -> list: # places among all blocks, from 0
-    "Where Mllama's new blocks go: before block 4, 10, 16, … of the base (numbered from 1); in a base of fewer than four, before its last."
+    "Where Mllama's new blocks go: before the base's block 4, 10, 16, …; in a base of fewer, before its last."
     before = list(range(3, blocks, 6)) or [blocks - 1]
     return [place + k for k, place in enumerate(before)]
 
 
-def mllama(r:LanguageRecipe) -> tuple:
-    "Mllama: its own tower of local blocks and one global one; blocks of cross-attention between those of the base."
-    tok, size, cross = make_tokenizer("<|image|>", image_token="<|image|>"), {"height": r.px, "width": r.px}, cross_blocks(r.blocks)
-    tiles, local = dict(max_num_tiles=1, supported_aspect_ratios=[[1, 1]]), max(1, r.vision_blocks - 1)
-    vision = vision_config(MllamaVisionConfig, r, num_hidden_layers=local, num_global_layers=1, intermediate_layers_indices=[local - 1],
-                           vision_output_dim=2 * r.vision_width, **tiles)
+def mllama_vision(r:LanguageRecipe) -> MllamaVisionConfig:
+    "Mllama's tower for pictures of one tile: local blocks, then a global one."
+    local = max(1, r.vision_blocks - 1)
+    return vision_config(
+        MllamaVisionConfig, r, num_hidden_layers=local, num_global_layers=1, intermediate_layers_indices=[local - 1],
+        vision_output_dim=2 * r.vision_width, max_num_tiles=1, supported_aspect_ratios=[[1, 1]])
+
+
+def mllama(r:LanguageRecipe) -> tuple: # config, processor
+    "Mllama: blocks of cross-attention between those of the base."
+    tok, cross = make_tokenizer("<|image|>", image_token="<|image|>"), cross_blocks(r.blocks)
     text = text_config(MllamaTextConfig, r, tok, num_hidden_layers=r.blocks + len(cross), cross_attention_layers=cross,
-                       vocab_size=VOCABULARY, tie_word_embeddings=False) # the class itself adds eight rows for the image token
-    images = hf.MllamaImageProcessorPil(size=size, max_image_tiles=1, **GREY)
-    return (hf.MllamaConfig(vision_config=vision.to_dict(), text_config=text.to_dict(), image_token_index=tok.image_token_id,
-                            tie_word_embeddings=False),
-            hf.MllamaProcessor(images, tok, chat_template=tok.chat_template))
+                       vocab_size=VOCABULARY, tie_word_embeddings=False) # the class adds eight rows for the image token
+    images = hf.MllamaImageProcessorPil(size={"height": r.px, "width": r.px}, max_image_tiles=1, **GREY)
+    config = hf.MllamaConfig(vision_config=mllama_vision(r).to_dict(), text_config=text.to_dict(),
+                             image_token_index=tok.image_token_id, tie_word_embeddings=False)
+    return config, hf.MllamaProcessor(images, tok, chat_template=tok.chat_template)
 
 # %% ../nbs/lib/language.ipynb #25dd49ea
-LANGUAGE_BUILDERS = {"llava": llava, "llava_onevision": llava_onevision, "idefics3": idefics3, "smolvlm": smolvlm, "mllama": mllama,
-                     "qwen2_vl": qwen2_vl}
+LANGUAGE_BUILDERS = {"llava": llava, "llava_onevision": llava_onevision, "idefics3": idefics3, "smolvlm": smolvlm,
+                     "mllama": mllama, "qwen2_vl": qwen2_vl}
 
 
-def untrained(recipe:LanguageRecipe) -> tuple: # a ...ForConditionalGeneration with random weights, and its processor
-    "The architecture of a recipe. Raises ValueError for a family without a builder here."
+def architecture(recipe:LanguageRecipe) -> tuple: # config, processor
+    "What a recipe is built as. Raises ValueError for a family without a builder here."
     if recipe.family not in LANGUAGE_BUILDERS:
-        raise ValueError(f"no builder puts a trained language model into {recipe.family!r}; there are: {', '.join(LANGUAGE_BUILDERS)}")
-    torch.manual_seed(recipe.seed)
+        raise ValueError(f"no builder puts a trained language model into {recipe.family!r}; "
+                         f"there are: {', '.join(LANGUAGE_BUILDERS)}")
     with without_torchvision(): config, processor = LANGUAGE_BUILDERS[recipe.family](recipe)
-    model = hf.AutoModelForImageTextToText.from_config(config)
     if isinstance(frames := getattr(processor, "video_processor", None), Frames): frames.family = recipe.family
-    return model, processor
+    return config, processor
 
 
+def untrained(recipe:LanguageRecipe) -> tuple: # a ...ForConditionalGeneration, and its processor
+    "A model with random weights. Raises as `architecture`."
+    config, processor = architecture(recipe)
+    torch.manual_seed(recipe.seed)
+    return hf.AutoModelForImageTextToText.from_config(config), processor
+
+# %% ../nbs/lib/language.ipynb #2b8d0962
 def first_blocks(base, # a `LlamaForCausalLM`, changed
                  n:int):
     "Cut a base to its first n blocks."
@@ -218,48 +251,58 @@ def first_blocks(base, # a `LlamaForCausalLM`, changed
     return base
 
 
-def build(recipe:LanguageRecipe, base=None, # the base, read already
+def base_of(recipe:LanguageRecipe): # a `LlamaForCausalLM`; None where the language model is random
+    "The base of a recipe, cut to its blocks. Raises FileNotFoundError without the base's package."
+    return None if recipe.trained == "random" else first_blocks(language_model(recipe.base), recipe.blocks)
+
+
+def build(recipe:LanguageRecipe, base=None, # what `base_of` gives, where it is at hand
           ) -> tuple: # a ...ForConditionalGeneration, and its processor
-    "A model whose language model is the base (but for `trained=\"random\"`), its eyes untrained. Raises FileNotFoundError without the base's package."
-    model, processor = untrained(recipe)
-    if recipe.trained != "random": place_language(model, base or first_blocks(language_model(recipe.base), recipe.blocks))
+    "A model whose language model is the base (or random), its eyes untrained. Raises as `base_of`."
+    (model, processor), base = untrained(recipe), base or base_of(recipe)
+    if base: place_language(model, base)
     return model, processor
 
 # %% ../nbs/lib/language.ipynb #81a364d5
 def inner_name(name:str, # of a parameter
-                            model) -> str|None: # its name in the language model
-    "Whether a parameter belongs to the language model, and as what."
+               model) -> str: # empty where it does not belong to the language model
+    "The name of a parameter within the language model."
     path = f"{find_family(model.config, 'the model').text}."
-    return name.removeprefix(path) if name.startswith(path) else None
+    return name.removeprefix(path) if name.startswith(path) else ""
+
+
+def is_of_base(name:str, # of a parameter, without PEFT's `base_layer`
+               model) -> bool:
+    "Whether the base fills a parameter: its blocks without biases, its embeddings, norm and head."
+    inner = inner_name(name, model)
+    if name.startswith("lm_head."): return True
+    if not inner or inner.endswith("bias"): return False
+    block = inner.split(".")[1] if inner.startswith("layers.") else None
+    return block is None or int(block) in own_blocks(model.config)
 
 
 def own_parameters(model) -> list: # names, without PEFT's `base_layer`
-    "Parameters that the base does not fill: all but its blocks, embeddings, norm and head."
-    blocks, own = {f"layers.{i}." for i in own_blocks(model.config)}, []
-    for full, _ in model.named_parameters():
-        name = full.replace(".base_layer", "")
-        inner = inner_name(name, model)
-        of_base = inner and not inner.endswith("bias") and (not inner.startswith("layers.") or ".".join(inner.split(".")[:2]) + "." in blocks)
-        if not (of_base or "lora_" in name or name.startswith("lm_head.")): own.append(name)
-    return own
+    "Parameters that neither the base nor an adapter has."
+    names = [name.replace(".base_layer", "") for name, _ in model.named_parameters() if "lora_" not in name]
+    return [name for name in names if not is_of_base(name, model)]
 
 # %% ../nbs/lib/language.ipynb #30595f26
 def lora_config(model, rank:int) -> LoraConfig:
     "Adapters of all seven linear maps of each block of the base; B·A times 2."
-    blocks, path = "|".join(map(str, own_blocks(model.config))), find_family(model.config, "the model").text.replace(".", r"\.")
+    blocks = "|".join(map(str, own_blocks(model.config)))
+    path = find_family(model.config, "the model").text.replace(".", r"\.")
     maps = r"(self_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj)"
     return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=rf"{path}\.layers\.({blocks})\.{maps}")
 
 
-def prepare(model, recipe:LanguageRecipe) -> tuple: # parameters of the eyes, parameters of the language model: {name: parameter}
+def prepare(model, recipe:LanguageRecipe) -> tuple: # of the eyes, of the language model: {name: parameter}
     "Add the adapters of a recipe to its model, and let only what is trained ask for gradients."
     if recipe.trained == "lora":
         torch.manual_seed(recipe.seed)
         inject_adapter_in_model(lora_config(model, recipe.rank), model)
-    own, everything = set(own_parameters(model)), recipe.trained == "random"
-    eyes, language = {}, {}
+    own, eyes, language = set(own_parameters(model)), {}, {}
     for name, p in model.named_parameters():
-        biases_of_base = inner_name(name, model) and name.endswith("bias") # Qwen2-VL's, zero
-        p.requires_grad_(everything or "lora_" in name or (name in own and not biases_of_base))
+        zero = inner_name(name, model) and name.endswith("bias") # Qwen2-VL's biases
+        p.requires_grad_(recipe.trained == "random" or "lora_" in name or (name in own and not zero))
         if p.requires_grad: (eyes if name in own else language)[name] = p
     return eyes, language

@@ -316,7 +316,8 @@ def legend_above(
     **options, # of the legend
 ):
     "A legend in the upper part of the panel, with the axis of a belief shift stretched until no curve reaches it."
-    low, high = min(-0.08, ax.get_ylim()[0]), max(1.05, ax.get_ylim()[1])
+    drawn = np.ravel([panel.dataLim.intervaly for panel in ax.get_shared_y_axes().get_siblings(ax)])
+    low, high = (end([edge, *drawn[np.isfinite(drawn)]]) for end, edge in ((min, -0.08), (max, 1.05)))
     ax.set_ylim(low, high + 0.08 * (1 + lines) * (high - low))
     ax.legend(fontsize=8, loc="upper left", **options)
 

@@ -4,16 +4,22 @@
 
 # %% auto #0
 __all__ = ['CELLS', 'WHERE', 'HUE', 'WHEN', 'CHAT', 'CHAT_VIDEO', 'RECIPES', 'HELD_OUT', 'CHANGE', 'BUILDERS', 'NESTED', 'EARLY',
-           'make_tokenizer', 'Stage', 'Recipe', 'build', 'fresh_blocks', 'Steps', 'packed_mask', 'Align', 'features',
-           'forward', 'placeholders', 'positions', 'losses', 'quick_accuracy', 'train', 'training_log', 'early_entry',
-           'bundle', 'accuracy', 'card', 'card_text', 'main']
+           'OPTIONS', 'make_tokenizer', 'Stage', 'Recipe', 'build', 'fresh_blocks', 'Steps', 'packed_mask', 'Align',
+           'features', 'forward', 'placeholders', 'positions', 'losses', 'quick_accuracy', 'train', 'training_log',
+           'early_entry', 'bundle', 'accuracy', 'card', 'card_text', 'recipes', 'refused', 'write_card', 'trainer_of',
+           'train_and_bundle', 'side_by_side', 'main']
 
 # %% ../nbs/10_organisms.ipynb #7ec73bc6
 import json
 import math
+import os
+import subprocess
+import sys
 import time
 from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -632,26 +638,82 @@ Measured on {c['held_out']['scenes']:,} held-out {'videos' if frames else 'scene
 The recipe was chosen for the accuracy of the answers alone; no spatial ID was looked at. Licence: Apache-2.0.
 """
 
+# %% ../nbs/10_organisms.ipynb #2744ff3e
+OPTIONS = (("minutes", float, "cut the schedule to so many"), ("workers", int, "processes that draw scenes (default: one for each core but two)"),
+           ("photos", Path, "folder of photographs, the background of a quarter of the scenes"))
+
+def recipes() -> dict: # name -> recipe
+    "All recipes, those with a language model behind the others."
+    from spatialid.language import LANGUAGE_RECIPES # needs peft, and this module
+    return {**RECIPES, **LANGUAGE_RECIPES}
+
+
+def refused(action:str, names:list, jobs:int, options:dict) -> str: # empty: nothing
+    "What a command asks that cannot be done."
+    known = recipes()
+    unknown = [name for name in names if action == "train" and name not in known]
+    plain = [name for name in names if name in RECIPES]
+    if unknown: return f"no recipe {unknown[0]!r}; there are: {', '.join(known)}"
+    if options and (plain or action == "card"):
+        return f"--{next(iter(options))} is for training a recipe with a language model, not for {(plain or ['a card'])[0]}: leave it out"
+    low = [name for name, value in (("jobs", jobs), *options.items()) if name in ("jobs", "minutes") and value <= 0]
+    return f"--{low[0]} must be above 0" if low else ""
+
+
+def write_card(name:str):
+    "Measure a bundled organism, write its card and print it."
+    from spatialid.cards import card, card_text # which imports this module
+    print(card_text(card(name)))
+
+# %% ../nbs/10_organisms.ipynb #279aa9e4
+def trainer_of(name:str, options:dict) -> tuple: # how to train a recipe, how to bundle it
+    "The two kinds of training: from nothing as above, or with a language model."
+    if name in RECIPES: return train, bundle
+    from spatialid import trainer # needs peft, and this module
+    workers = max(1, (os.cpu_count() or 1) - 2)
+    return partial(trainer.train, **dict(workers=workers) | options), trainer.bundle
+
+
+def train_and_bundle(name:str, out:Path, options:dict):
+    "Train an organism or go on with it, then store and measure it and its early checkpoint."
+    fit, store = trainer_of(name, options)
+    fit(name, out)
+    log = training_log(out)
+    entries = {name: log[-1]}
+    try: entries[f"{name}-early"] = early_entry(log)
+    except ValueError as e: print(f"{name} has no early organism: {e}")
+    for stored, entry in entries.items():
+        store(stored, recipes()[name], out, entry, BUNDLED)
+        write_card(stored)
+
+
+def side_by_side(names:list, jobs:int, out:str, options:dict):
+    "Train several organisms, so many at a time, each in a process of its own. Raises ValueError naming those that failed."
+    further = [part for name, value in options.items() for part in (f"--{name}", str(value))]
+    command = [sys.executable, "-m", "spatialid.organisms", "train"]
+    run = lambda name: subprocess.run([*command, name, "--out", out, *further]).returncode
+    with ThreadPoolExecutor(jobs) as pool: failed = [name for name, code in zip(names, pool.map(run, names)) if code]
+    if failed: raise ValueError(f"training failed for {', '.join(failed)}: see what it said above; the same command goes on from the last checkpoints")
+
 # %% ../nbs/10_organisms.ipynb #73716d00
 def main(argv:list|None=None):
-    "`python -m spatialid.organisms train|card NAME`: train and bundle an organism with its early checkpoint, or measure a bundled one."
+    "`python -m spatialid.organisms train|card NAME...`: train and bundle organisms with their early checkpoints, or measure bundled ones."
     import argparse
     p = argparse.ArgumentParser("spatialid.organisms", description=main.__doc__, epilog="example: python -m spatialid.organisms train llava-tiny")
     p.add_argument("action", choices=("train", "card"))
-    p.add_argument("name", help=f"train: {', '.join(RECIPES)}; card: any bundled organism")
+    p.add_argument("names", nargs="+", metavar="NAME", help=f"train: {', '.join(recipes())}; card: any bundled organism")
     p.add_argument("--out", default=".work/organisms", help="folder of checkpoints (default %(default)s)")
+    p.add_argument("--jobs", type=int, default=1, help="organisms trained at a time, each by its own process (default %(default)s)")
+    for name, kind, what in OPTIONS: p.add_argument(f"--{name}", type=kind, help=f"of a recipe with a language model: {what}")
     a = p.parse_args(argv)
-    if a.action == "card":
-        try: return print(card_text(card(a.name)))
-        except (FileNotFoundError, ValueError) as e: p.error(str(e))
-    if a.name not in RECIPES: p.error(f"no recipe {a.name!r}; there are: {', '.join(RECIPES)}")
-    out = Path(a.out) / a.name
-    try: train(a.name, out)
-    except KeyboardInterrupt: raise SystemExit(f"stopped; {out} keeps the last checkpoint: the same command goes on from there")
-    log = training_log(out)
-    for name, entry in ((a.name, log[-1]), (f"{a.name}-early", early_entry(log))):
-        bundle(name, RECIPES[a.name], out, entry, BUNDLED)
-        print(card_text(card(name)))
+    options = {name: value for name, *_ in OPTIONS if (value := getattr(a, name)) is not None}
+    if wrong := refused(a.action, a.names, a.jobs, options): p.error(wrong)
+    try:
+        if a.action == "card": [write_card(name) for name in a.names]
+        elif len(a.names) == 1: train_and_bundle(a.names[0], Path(a.out) / a.names[0], options)
+        else: side_by_side(a.names, a.jobs, a.out, options)
+    except (FileNotFoundError, ValueError) as e: p.error(str(e))
+    except KeyboardInterrupt: raise SystemExit(f"stopped; {a.out} keeps the last checkpoint: the same command goes on from there") from None
 
 # %% ../nbs/10_organisms.ipynb #b7bae8e8
 if __name__ == "__main__" and "__file__" in globals(): main()

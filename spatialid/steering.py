@@ -246,7 +246,7 @@ def swept_layers(
     step:int|None=None, # between layers; None: 1 up to twelve blocks, 3 above
     around:int=2, # every layer as close to the chosen one
 ) -> list: # layers, 1 to N, in order
-    """Layers to sweep: every `step`-th, the last, and all around a chosen one. ValueError for a layer that is none of the model's."""
+    """Layers to sweep: every `step`-th, the last, and all around a chosen one. ValueError for no layer of the model."""
     if chosen not in range(1, n_layers + 1):
         raise ValueError(f"layer {chosen} is none of 1 to {n_layers}: give one of those, or run notebook 03 again")
     step = step or (1 if n_layers <= 12 else 3)
@@ -330,7 +330,7 @@ def dose_edits(
     noise:list, # functions of (layer, samples) -> directions, one for each draw: see `gaussian`
     alphas, # α
 ) -> dict: # edits of `sweep`: "ID 0.25", "noise 0 0.25", "permuted 0 0.25", ...
-    """The opposing IDs, noise of the same norm and permuted places on subject and object, at several doses (rule `diff_norm`)."""
+    """The opposing IDs, noise of the same norm and permuted places on both words, at several doses (rule `diff_norm`)."""
     found = {}
     for a in alphas:
         found[f"ID {a:g}"] = BOTH, pushing(find, a)
@@ -393,16 +393,17 @@ def wilson(
     if not n: raise ValueError("an interval needs at least one question: give more scenes")
     p = float(np.mean(shares))
     centre, half = p + z**2 / (2 * n), z * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
-    return {"value": p, "low": max(0.0, (centre - half) / (1 + z**2 / n)), "high": min(1.0, (centre + half) / (1 + z**2 / n)), "n": n}
+    low, high = ((centre + sign * half) / (1 + z**2 / n) for sign in (-1, 1))
+    return {"value": p, "low": max(0.0, low), "high": min(1.0, high), "n": n}
 
 def newcombe(
     a:dict, # value, low, high, n: see `wilson`
     b:dict,
 ) -> dict: # value, low, high, n of a − b
     """The difference of two proportions with its interval by square-and-add. Newcombe (1998), method 10."""
-    size = lambda x, y: float(np.hypot(x, y))
     value = a["value"] - b["value"]
-    low, high = value - size(a["value"] - a["low"], b["high"] - b["value"]), value + size(a["high"] - a["value"], b["value"] - b["low"])
+    low = value - float(np.hypot(a["value"] - a["low"], b["high"] - b["value"]))
+    high = value + float(np.hypot(a["high"] - a["value"], b["value"] - b["low"]))
     return {"value": value, "low": low, "high": high, "n": min(a["n"], b["n"])}
 
 # %% ../nbs/04_steering.ipynb #a256e6ae
@@ -411,8 +412,11 @@ def moves_by_slot(
     to, # (B, P, 2) place (column, row) to go to, for each query and row
     frm, # (B, P, 2) place to leave
 ): # function of (layer, samples) -> to (b, P, d), frm (b, P, d)
-    """Where every row of every query goes, each by the IDs of its own slot (see `moves`). ValueError for another number of slots."""
-    if len(slots) != to.shape[1]: raise ValueError(f"{len(slots)} sets of IDs for {to.shape[1]} words: give one for each")
+    """Where every row of every query goes, each by the IDs of its own slot (see `moves`).
+
+    ValueError for another number of slots than of words."""
+    if len(slots) != to.shape[1]:
+        raise ValueError(f"{len(slots)} sets of IDs for {to.shape[1]} words: give one for each")
     finds = [moves(ids, to[:, k:k + 1], frm[:, k:k + 1]) for k, ids in enumerate(slots)]
     def find(layer, samples):
         ends = [one(layer, samples) for one in finds]
@@ -453,8 +457,10 @@ def mirror_swaps(
     queries:list, # left/right questions, one picture each
     layers:list, # L
 ) -> dict: # {"last sub-token", "whole words": (L, B) whether the answer turns}
-    """Answers after the rows of subject and object were exchanged with those of the mirrored picture (mediation ceiling): an exact sweep."""
-    mirrored = [replace(q, image=ImageOps.mirror(q.image), truth=q.answers[1 - q.answers.index(q.truth)]) for q in queries]
+    """Answers after the rows of subject and object were exchanged with those of the mirrored picture: an exact sweep.
+
+    The share that turns is the mediation ceiling of these words."""
+    mirrored = [replace(q, image=ImageOps.mirror(q.image), truth=None) for q in queries]
     groups = {"last sub-token": BOTH, "whole words": whole_words(vlm)}
     s = sweep(vlm, queries, mirrored, groups, layers)
     return {name: swapped(s, [name]) for name in groups}
@@ -467,7 +473,8 @@ def efficiency(
     """How much of what could turn the IDs turn: ratio of the means, resampling questions."""
     clear = bootstrap(room, seed=seed)
     if clear["low"] <= 0:
-        return {"value": None, "low": None, "high": None, "n": clear["n"], "not_judged": f"the ceiling is {clear['value']:.2f} above noise, not clear of it"}
+        why = f"the ceiling is {clear['value']:.2f} above noise, not clear of it"
+        return {"value": None, "low": None, "high": None, "n": clear["n"], "not_judged": why}
     with np.errstate(divide="ignore", invalid="ignore"):
         return bootstrap(np.stack([gained, room], 1), lambda v: v[:, 0].mean() / v[:, 1].mean(), seed=seed)
 
@@ -482,10 +489,12 @@ def plot_dose(
     alphas = sorted(swaps)
     for arm in ("ID", "noise", "permuted places"):
         found = [wilson(swaps[a][arm][k][which]) for a in alphas]
-        ax.plot(alphas, [one["value"] for one in found], marker="o", markersize=4, color=ARM_COLOURS[arm], label=arm)
-        ax.fill_between(alphas, [one["low"] for one in found], [one["high"] for one in found], color=ARM_COLOURS[arm], alpha=0.15, linewidth=0)
+        value, low, high = ([one[key] for one in found] for key in ("value", "low", "high"))
+        ax.plot(alphas, value, marker="o", markersize=4, color=ARM_COLOURS[arm], label=arm)
+        ax.fill_between(alphas, low, high, color=ARM_COLOURS[arm], alpha=0.15, linewidth=0)
     ax.axvline(5, color="0.4", linestyle=":", linewidth=1.2, label="paper's α = 5")
-    ax.set(xscale="log", ylim=(-0.03, 1.03), xlabel="α", xticks=alphas, xticklabels=[f"{a:g}".lstrip("0") for a in alphas])
+    ax.set(xscale="log", ylim=(-0.03, 1.03), xlabel="α")
+    ax.set_xticks(alphas, [f"{a:g}".lstrip("0") for a in alphas])
     ax.minorticks_off()
 
 def plot_estimates(
@@ -494,7 +503,8 @@ def plot_estimates(
 ):
     """Numbers with their intervals, one below the other."""
     for y, (_, one, colour) in enumerate(rows):
-        ax.errorbar(one["value"], y, xerr=[[one["value"] - one["low"]], [one["high"] - one["value"]]], fmt="o", markersize=5, capsize=2, color=colour)
+        error = [[one["value"] - one["low"]], [one["high"] - one["value"]]]
+        ax.errorbar(one["value"], y, xerr=error, fmt="o", markersize=5, capsize=2, color=colour)
     ax.set_yticks(range(len(rows)), [label for label, *_ in rows], fontsize=8)
     ax.set(xlim=(-0.03, 1.03), ylim=(len(rows) - 0.5, -0.5), xlabel="beliefs swapped")
 
@@ -542,7 +552,7 @@ def share_in_middle(
     layers:list,
     n_layers:int,
 ) -> float:
-    "Size of the mean effect in the middle third, of that in all layers below the last; layers that were not swept are interpolated."
+    "Size of the mean effect in the middle third, of that in all layers below the last; layers between are interpolated."
     size, layers = at_every_layer(np.abs(effect.mean(0)), layers, n_layers), np.arange(1, n_layers + 1)
     return size[np.isin(layers, middle_third(n_layers))].sum() / size[layers < n_layers].sum()
 

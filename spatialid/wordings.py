@@ -120,15 +120,16 @@ def reword(query:Query, # of a kind in the table, as `Scene.ask` draws it
            wording:str,
            swap:bool=False, # name the second answer first
            ) -> Query: # the same picture, words and truth
-    "Ask the same in another wording. The answers are in the order in which the table has them, or the other one with `swap`."
-    answers = tuple(sorted(query.answers, key=ANSWERS[query.kind].index))
+    "Ask the same in another wording; the answers in the order of `ANSWERS`, or with `swap` in the other."
+    answers = ANSWERS[query.kind]
     return replace(query, template=template(wording, swap), answers=answers[::-1] if swap else answers)
 
 # %% ../nbs/lib/wordings.ipynb #a2d8ad72
-REQUESTS = ("Describe the image.", "What do you see in the image?", "What is in the picture?", "Write a caption for this image.",
-            "Tell me what is where in this picture.", "Give a short description of the scene.")
-_IS = dict(left="to the left of", right="to the right of", above="above", below="below", front="in front of", behind="behind",
-           near="near", far="far from")
+REQUESTS = ("Describe the image.", "What do you see in the image?", "What is in the picture?",
+            "Write a caption for this image.", "Tell me what is where in this picture.",
+            "Give a short description of the scene.")
+_IS = dict(left="to the left of", right="to the right of", above="above", below="below", front="in front of",
+           behind="behind", near="near", far="far from")
 _AT = dict(left="on the", right="on the", center="in the")
 
 
@@ -162,6 +163,6 @@ def caption(scene:Scene,
     where = [place(o.x, o.y) for o in things]
     seen = listed([f"{what} {_AT.get(at, 'at the')} {at}" for what, at in zip(look, where)])
     kinds = [("left_right", "above_below", "front_behind", "near_far")[i] for i in g.permutation(4)]
-    first, told = g.random() < .5, [sentence(kind, *things[:2], False) for kind in kinds]
-    kind = next((k for k, clear in zip(kinds, told) if clear), None)
-    return f"There is {seen}." + (f" {sentence(kind, *things[:2], first)}" if kind else "")
+    first = g.random() < .5
+    clear = [said for kind in kinds if (said := sentence(kind, *things[:2], first))]
+    return " ".join([f"There is {seen}.", *clear[:1]])

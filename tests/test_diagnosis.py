@@ -374,6 +374,8 @@ def test_injections_have_their_controls(llava, asked):
     answers, before = dg.injected(llava, some_ids(llava), asked[:6], 2, (0.1, 1.0))
     assert before.shape == (6,) and all(v.shape == (llava.n_layers, 6) for v in answers.values())
     assert {"own, raw", "add 1", "replace 1", "noise 1", "permuted 1", "replace, raw", "noise, raw", "permuted, raw"} <= set(answers)
+    some, _ = dg.injected(llava, some_ids(llava), asked[:6], 2, (0.1, 1.0), layers=[1, 3])
+    assert all(np.array_equal(v, answers[name][[0, 2]]) for name, v in some.items()), "at some layers as at all"
 
 
 def test_layers_before_the_reference_get_its_ids(llava, asked):
@@ -450,6 +452,7 @@ def test_a_repair_is_chosen_and_reported(llava, asked):
     assert list(places) == list(dg.WAYS) and all(p.shape == (5, 2, 2) and (0 <= p).all() and (p <= 1).all() for p in places.values())
     chosen = dg.choose_repair(llava, ids, some, places)
     for dose, layer, accuracy in chosen.values(): assert dose in dg.DOSES and 1 <= layer <= llava.n_layers and 0 <= accuracy <= 1
+    assert {layer for _, layer, _ in dg.choose_repair(llava, ids, some, places, [1, 3]).values()} <= {1, 3}
     found = dg.repaired(llava, ids, others, others.centres, "raw", 2)
     assert {k: len(v) for k, v in found.items()} == dict.fromkeys(("before", "after", "noise", "read off"), len(others)) and found["read off"].all()
 

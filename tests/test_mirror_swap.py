@@ -13,7 +13,7 @@ from PIL import Image
 from spatialid import mirror_swap as ms
 from spatialid.data import Benchmark, FreeScenes, write_benchmark
 from spatialid.hooks import VLM, Query
-from spatialid.results import rng, size_of, told
+from spatialid.results import rng, size_of, style, told
 from spatialid.sweeps import sweep
 from tiny import tiny, tiny_llava
 
@@ -168,6 +168,10 @@ def test_image_and_text_tile_what_differs(vlm, base):
     assert np.allclose(one.numerators / one.denominators + other.numerators / other.denominators, 1, atol=1e-6)
 
 
+@pytest.fixture(autouse=True)
+def a_colour(monkeypatch): monkeypatch.setitem(ms.GROUP_COLOURS, "a", "k")
+
+
 def fake(numerators, denominators, truth=None):
     "A sweep of one group 'a' with given differences of logits: base 0, so patched = −numerator."
     n = len(denominators)
@@ -261,9 +265,27 @@ def test_figures_can_be_drawn(vlm, base):
     assert len(fig.axes) == 4 and fig._suptitle.get_text() == base[1].text
     large = fake([[1., 2], [2., 3], [3., 3]], [2., 3])
     ax = Figure().subplots()
-    ms.GROUP_COLOURS.setdefault("a", "k")
     ms.plot_curves(ax, ms.curves(large), ["a"], shift=1)
     assert list(ax.lines[0].get_xdata()) == [0, 1, 2] and "released" in ax.get_xlabel()
+
+
+@pytest.mark.parametrize("n", [8, 30, 40])
+@pytest.mark.parametrize("shared", [False, True])
+def test_the_legend_and_the_notes_stand_above_the_curves(n, shared):
+    from matplotlib.figure import Figure
+    curve = np.linspace(0, 1.6, n)[:, None] * [1., 2]
+    with style():
+        fig = Figure(figsize=(10.5, 4.2))
+        panels = fig.subplots(1, 2, sharey=shared)
+        for ax in panels: ms.plot_curves(ax, ms.curves(fake(curve, [1., 2])), ["a"], notes=2)
+        ms.mark_layers(panels[0], .6 * n, .7 * n, "objects: half of the peak at ℓ = 17.5 … 19.6", 2, "k")
+        fig.draw_without_rendering()
+    for ax in panels:
+        legend = ax.get_legend().get_window_extent().transformed(ax.transData.inverted())
+        assert legend.y0 > 1.6 > 1 and len(ax.get_xticks()) <= 8 and ax.get_xticks()[-1] == n
+    box, note = panels[0].get_window_extent(), panels[0].texts[0].get_window_extent()
+    assert box.x0 < note.x0 and note.x1 < box.x1 and note.transformed(panels[0].transData.inverted()).y0 > 1.6
+    assert note.y1 < panels[0].get_legend().get_window_extent().y0 and panels[0].get_ylim()[1] < 2.5
 
 
 @pytest.mark.parametrize("layers, expected", [(range(1, 9), 8), (range(1, 33), 8), (range(2, 29), 7)])

@@ -91,7 +91,7 @@ def test_run_injects_parameters_and_drops_eval_false(lab, capsys):
     lab.notebook("01_a", "#| eval: false\nraise SystemExit(3)",
                  'from spatialid.results import save_results\nsave_results(model, "01_a", {"n": n, "sizes": sizes}, {})',
                  parameters='model = "x"\nn = 3\nsizes = (1, 2)')
-    assert rerun.main(["run", "01", "--model", "toy", "-p", "n=7", "-p", "sizes=[74, 124]"]) == 0
+    assert rerun.main(["run", "01", "--model", "toy", "-p", "n=7", "-p", "sizes=(74, 124)"]) == 0
     assert json.loads((lab.root/"results/toy/01_a.json").read_text()) == {"provenance": {}, "n": 7, "sizes": [74, 124]}
     assert (lab.runs/"01_a.ipynb").is_file()
     assert "01_a 100%" in capsys.readouterr().err
@@ -275,7 +275,8 @@ def test_the_papers_claims(monkeypatch):
     entries = json.loads((ROOT/"nbs"/"claims.json").read_text(encoding="utf-8"))
     assert len({e["id"] for e in entries}) == len(entries) >= 60
     for e in entries:
-        assert set(e) == {"id", "source", "claim", "paper", "note", "measure", "rule"} and e["source"] and e["claim"]
+        assert set(e) - {"history"} == {"id", "source", "claim", "paper", "note", "measure", "rule"} and e["source"] and e["claim"]
+        assert all(set(h) == {"date", "was", "why"} and all(h.values()) for h in e.get("history", ()))
         if e["rule"]:
             assert set(e["rule"]) - {"model", "named"} == {"notebook", "key", "op", "threshold"} and e["rule"]["op"] in rerun.OPS and e["measure"]
             assert e["rule"]["notebook"] in rerun.notebooks()
@@ -393,9 +394,9 @@ def test_models_take_turns(lab, monkeypatch):
     asked = []
     monkeypatch.setattr(rerun, "_run_all", lambda jobs, workers, *rest: asked.append(([(p.stem, Path(m).name) for p, m, _ in jobs], workers)))
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
-    rerun.reproduce(["llava-tiny", lab.toy, "llava-small", str(lab.root/"other")])
+    rerun.reproduce(["llava-tiny", lab.toy, "gemma3-tiny", str(lab.root/"other")])
     turns = lambda *models: [(name, m) for name in ("01_a", "02_b") for m in models]
-    assert asked == [(turns("llava-tiny", "llava-small"), 2), (turns("toy", "other"), 1)]
+    assert asked == [(turns("llava-tiny", "gemma3-tiny"), 2), (turns("toy", "other"), 1)]
 
 
 def test_the_claims_of_several_models_are_one_table(lab, capsys):

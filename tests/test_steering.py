@@ -387,6 +387,112 @@ def test_a_pad_of_places(llava):
     assert panels[0].get_title() == "cup at (1, 1)" and panels[1].get_ylabel() == "probability of “right”"
 
 
+# --- deep models: which layers are swept
+
+def test_every_layer_of_a_small_model_and_some_of_a_deep_one_are_swept():
+    assert st.swept_layers(8, 5) == list(range(1, 9)) and st.swept_layers(12, 1) == list(range(1, 13))
+    deep = st.swept_layers(30, 19)
+    assert deep == [1, 4, 7, 10, 13, 16, 17, 18, 19, 20, 21, 22, 25, 28, 30]
+    assert st.swept_layers(30, 30, 10, 1) == [1, 11, 21, 29, 30] and st.swept_layers(30, 1, 10, 1) == [1, 2, 11, 21, 30]
+    assert st.layers_near(deep, 30, 19) == [13, 16, 17, 18, 19, 20, 21] and st.layers_near([1, 2, 3], 3, 1) == [1, 2, 3]
+    with pytest.raises(ValueError, match="layer 31 is none of 1 to 30"): st.swept_layers(30, 31)
+    assert st.ticks(list(range(1, 9))) == list(range(1, 9)) and st.ticks(deep) == [2, 6, 10, 14, 18, 22, 26, 30]
+
+
+def test_layers_between_those_swept_are_interpolated():
+    values = np.random.default_rng(0).random((5, 4, 2))
+    assert np.array_equal(st.at_every_layer(values, [1, 2, 3, 4, 5], 5), values)
+    every = st.at_every_layer(values[:3], [1, 3, 6], 7)
+    assert every.shape == (7, 4, 2) and np.allclose(every[[0, 2, 5, 6]], values[[0, 1, 2, 2]]) and np.allclose(every[1], values[:2].mean(0))
+    effect = np.zeros((10, 30))
+    effect[:, 10:20] = 1
+    assert st.share_in_middle(effect, list(range(1, 31)), 30) == 1
+    some = st.swept_layers(30, 19)
+    dense = st.share_in_middle(np.ones((10, len(some))), some, 30)
+    assert dense == pytest.approx(10 / 29), "layers that are swept more densely do not count more"
+    assert st.readings({"ID": np.ones((15, 8)), "noise": np.zeros((15, 8))}, some, 30)["middle third"]["gain"]["value"] == 1
+
+
+# --- the dose
+
+def test_wilson_and_newcombe_are_the_published_intervals():
+    one = st.wilson([1] * 81 + [0] * (263 - 81))
+    assert (round(one["low"], 4), round(one["high"], 4), one["n"]) == (0.2553, 0.3662, 263), "Newcombe 1998, table I"
+    assert st.wilson([0] * 20)["low"] == 0 and round(st.wilson([0] * 20)["high"], 4) == 0.1611 and st.wilson([1] * 20)["high"] == 1
+    gap = st.newcombe(st.wilson([1] * 56 + [0] * 14), st.wilson([1] * 48 + [0] * 32))
+    assert (round(gap["value"], 4), round(gap["low"], 4), round(gap["high"], 4)) == (0.2, 0.0524, 0.3339), "Newcombe 1998, table II, method 10"
+    with pytest.raises(ValueError, match="at least one question"): st.wilson([])
+
+
+def test_a_dose_is_chosen_by_the_gain_on_the_first_questions_alone():
+    g = np.random.default_rng(0)
+    swaps = {a: {"ID": np.zeros((3, 10)), "noise": np.zeros((3, 10))} for a in (0.5, 1.0, 5.0)}
+    swaps[5.0]["ID"][:] = swaps[5.0]["noise"][:] = 1  # turns everything, as does noise
+    swaps[1.0]["ID"][1] = 1
+    for a in swaps: swaps[a]["ID"][:, 5:] = g.random((3, 5))
+    assert st.chosen_dose(swaps, 5) == (1.0, 1)
+    swaps[0.5]["ID"][2, :5] = 1
+    assert st.chosen_dose(swaps, 5) == (0.5, 2), "of equals the smaller dose"
+    found = st.at_dose(swaps, 1.0, 1, slice(0, 5))
+    assert found["ID"]["value"] == 1 and found["noise"]["value"] == 0 and found["gain"]["value"] == 1 and found["gain"]["low"] < 1
+
+
+def test_each_word_is_moved_by_the_ids_of_its_slot(llava):
+    first, second = grid_ids(llava, seed=0), grid_ids(llava, seed=1)
+    to, frm = st.dealt(3, 4, 0, 0)
+    found = st.moves_by_slot([first, second], to, frm)(2, slice(1, 3))
+    for end, places in zip(found, (to, frm)):
+        wanted = [st.at_place(torch.as_tensor(ids.at(2)), places[1:3, k]) for k, ids in enumerate((first, second))]
+        assert end.shape == (2, 2, llava.width) and torch.equal(end, torch.stack(wanted, 1))
+    same = st.moves_by_slot([first, first], to, frm)(2, slice(0, 3))
+    assert all(torch.equal(a, b) for a, b in zip(same, st.moves(first, to, frm)(2, slice(0, 3))))
+    with pytest.raises(ValueError, match="1 sets of IDs for 2 words"): st.moves_by_slot([first], to, frm)
+
+
+def test_edits_of_all_doses(llava):
+    ids, rows = grid_ids(llava), torch.randn(3, 2, llava.width, dtype=torch.float64)
+    to, frm = st.dealt(3, 4, 0, 0)
+    edits = st.dose_edits(st.moves(ids, to, frm), [st.moves(ids, *st.dealt(3, 4, 0, 1))], [st.gaussian(llava.width, 2, 0, i) for i in range(2)], (0.25, 5.0))
+    assert list(edits) == [f"{name} {a}" for a in ("0.25", "5") for name in ("ID", "noise 0", "noise 1", "permuted 0")]
+    for name, (group, edit) in edits.items():
+        push = edit(rows, 1, slice(0, 3)) - rows
+        assert group == st.BOTH and torch.allclose(push.norm(dim=-1), float(name.split()[-1]) * rows.norm(dim=-1))
+
+
+def test_the_ceiling_exchanges_rows_with_the_mirrored_picture(llava):
+    queries = [ask(seed=i, subject=s) for i, s in enumerate(("cup", "hot dog", "star"))]
+    found = st.mirror_swaps(llava, queries, [1, 3])
+    assert list(found) == ["last sub-token", "whole words"] and all(v.shape == (2, 3) for v in found.values())
+    rows = [llava.positions(q, st.whole_words(llava)) for q in queries]
+    last = [llava.positions(q, st.BOTH) for q in queries]
+    assert len(rows[1]) > len(last[1]) == 2 and all(set(a) >= set(b) for a, b in zip(rows, last)), "a hot dog is several tokens"
+    from PIL import ImageOps
+    for q, want in zip(queries, found["whole words"].T):
+        source = Query(ImageOps.mirror(q.image), q.template, q.words, q.answers)
+        group = st.whole_words(llava)
+        for k, layer in enumerate((1, 3)):
+            with llava.patch({layer: (group, llava.run(source, [layer], [group]).residual(layer))}): patched = llava.run(q)
+            assert bool(want[k]) == (patched.beliefs != llava.run(q).beliefs)
+
+
+def test_efficiency_is_judged_only_below_a_ceiling():
+    assert st.efficiency(np.array([1.0, 0, 1, 0]), np.ones(4))["value"] == 0.5
+    none = st.efficiency(np.zeros(4), np.array([1.0, 0, -1, 0]))
+    assert none["value"] is None and "not clear" in none["not_judged"]
+
+
+def test_figures_of_the_dose():
+    from matplotlib.figure import Figure
+    curve, rows = Figure().subplots(1, 2)
+    swaps = {a: {arm: np.full((2, 6), v) for arm, v in (("ID", 1.0), ("noise", 0.0), ("permuted places", 0.5))} for a in st.DOSES}
+    st.plot_dose(curve, swaps, 1, slice(3, None))
+    assert [line.get_label() for line in curve.lines] == ["ID", "noise", "permuted places", "paper's α = 5"]
+    assert [t.get_text() for t in curve.get_xticklabels()] == [".25", ".5", "1", "2", "5", "10"] and np.allclose(curve.lines[0].get_ydata(), 1)
+    st.plot_estimates(rows, [("a", st.wilson([1, 0]), "k"), ("b", st.wilson([0, 0]), "k")])
+    assert [t.get_text() for t in rows.get_yticklabels()] == ["a", "b"]
+    assert st.listed_layers([3, 4, 5]) == "3, 4, 5" and st.listed_layers([13, 16, 17, 20]) == "13-20"
+
+
 # --- the results
 
 @pytest.mark.parametrize("path", sorted((ROOT/"results").glob("*/04_steering.json")), ids=lambda p: p.parent.name)
@@ -395,7 +501,11 @@ def test_results_are_complete(path):
     number = lambda one: one["n"] > 0 and (one["low"] <= one["value"] <= one["high"] if one["value"] is not None else one["not_judged"])
     assert all(number(one) for one in found["claims"].values()) and found["provenance"]["params"]["alpha"] == 5
     assert {"ID", "noise", "permuted places", "off the plane", "agreeing ID"} <= set(found["fig2"]["curves"]) and set(found["fig2"]["readings"]) == {"top 3", "chosen on half", "middle third"}
-    assert found["provenance"]["params"]["n_scenes"] >= 200 and found["provenance"]["params"]["n_noise"] >= 5
+    params, deep = found["provenance"]["params"], "layer_step" in found["provenance"]["params"]  # of more than twelve blocks: dear, so fewer questions
+    assert params["n_scenes"] >= (24 if deep else 200) and params["n_noise"] >= (2 if deep else 5) and not params["quick"]
+    if deep or "dose" in found:
+        assert found["dose"]["chosen"]["gain"]["n"] == found["dose"]["chosen"]["ID"]["n"] and {"layer", "alpha", "noise", "permuted places"} <= set(found["dose"]["chosen"])
+        assert (path.parent/"fig2_dose.png").is_file()
     assert found["fig9"]["strength"]["largest"] > 0 and number(found["fig9"]["steerability"])
     assert all((path.parent/f"{name}.png").is_file() for name in ("fig2", "fig2_choices", "fig6a", "fig6b", "fig6c", "fig6d", "a16", "steering_path", "steering_pad"))
     assert found["provenance"]["weight_hash"] == SpatialIDs.load(path.parent/"spatial_ids.safetensors").provenance["weight_hash"], "notebook 04 is older than the IDs: run it again"
