@@ -6,8 +6,8 @@
 __all__ = ['CELLS', 'WHERE', 'HUE', 'WHEN', 'CHAT', 'CHAT_VIDEO', 'RECIPES', 'HELD_OUT', 'CHANGE', 'BUILDERS', 'NESTED', 'EARLY',
            'OPTIONS', 'make_tokenizer', 'Stage', 'Recipe', 'build', 'fresh_blocks', 'Steps', 'packed_mask', 'Align',
            'features', 'forward', 'placeholders', 'positions', 'losses', 'quick_accuracy', 'train', 'training_log',
-           'early_entry', 'bundle', 'accuracy', 'card', 'card_text', 'recipes', 'refused', 'write_card', 'trainer_of',
-           'train_and_bundle', 'side_by_side', 'main']
+           'early_entry', 'bundle', 'recipes', 'refused', 'write_card', 'trainer_of', 'train_and_bundle',
+           'side_by_side', 'main']
 
 # %% ../nbs/10_organisms.ipynb #7ec73bc6
 import json
@@ -571,72 +571,6 @@ def bundle(name:str, # what it will be loaded as
     write_json(folder / "training.json", dict(recipe=asdict(recipe), log=log[:log.index(entry) + 1], torch=torch.__version__,
                                               device=torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, threads: {torch.get_num_threads()}"))
     return folder
-
-# %% ../nbs/10_organisms.ipynb #e7a771d4
-def accuracy(vlm:VLM,
-             n:int=2000, # scenes
-             seed:int=HELD_OUT, # of the scenes
-             px:int=80, # side of the images
-             flat:bool=False, # scenes in which height and depth are independent
-             frames:int=0, # of a video; 0: pictures
-             ) -> dict: # kind -> value, low, high, n
-    "Share of right answers per kind of question, with a bootstrap interval over images or videos."
-    scenes, hits = FreeScenes(n, seed=seed, px=px, flat=flat), defaultdict(list)
-    if frames: scenes = Videos(scenes, frames, **CHANGE)
-    for start in tqdm(range(0, n, 32), desc=f"asking {vlm.name}", mininterval=5):
-        queries = [q for i in range(start, min(n, start + 32)) for q in scenes[i].queries()]
-        for q, belief in zip(queries, vlm.run(queries, batch_size=64).beliefs): hits[q.kind].append(belief == q.truth)
-    return {k: bootstrap(np.array(hits[k], float), seed=0) for k in (VIDEO_KINDS if frames else KINDS)}
-
-# %% ../nbs/10_organisms.ipynb #c43b5207
-def card(name:str, # a bundled organism
-         n:int=2000, # held-out scenes
-         ) -> dict: # what was written to results/<name>/card.json
-    "Measure a bundled organism and write its card: `results/<name>/card.json` and the README beside its weights."
-    vlm = VLM.load(name)
-    folder = locate(name)[1]
-    training = json.loads((folder / "training.json").read_text())
-    last, recipe = training["log"][-1], training["recipe"]
-    done = {e["stage"]: e["step"] for e in training["log"]}
-    made = dict(name=name, organism=True, architecture=type(vlm.model).__name__, accuracy=accuracy(vlm, n, px=recipe["px"], flat=recipe.get("flat", False), frames=recipe.get("frames", 0)), held_out=dict(scenes=n, seed=HELD_OUT), recipe=recipe, seed=recipe["seed"], steps=done, wall_seconds=round(last["seconds"]),
-                device=training["device"], parameters=sum(p.numel() for p in vlm.model.parameters()), bytes=(folder / "model.safetensors").stat().st_size, weight_hash=vlm.weight_hash,
-                provenance=provenance(vlm, seed=HELD_OUT, n=n))
-    write_json(results_dir(name) / "card.json", made)
-    write_bytes(folder / "README.md", card_text(made).encode())
-    return made
-
-def card_text(c:dict) -> str:
-    "The model card in Markdown."
-    rows = "\n".join(f"| {k.replace('_', ' / ') if k in ('left_right', 'above_below', 'front_behind', 'near_far', 'before_after', 'first_last') else k} | {100 * a['value']:.1f} % | {100 * a['low']:.1f} – {100 * a['high']:.1f} | {a['n']} |" for k, a in c["accuracy"].items())
-    asked = lambda s: ", ".join(f"{s[k]} {what}" for k, what in (("names", "bare names"), ("places", "places"), ("relations", "left/right" if s.get("still") else "before/after" if c["recipe"].get("frames") else "left/right and above/below"), ("others", "others"), ("hues", "colours"), ("times", "times")) if s.get(k)) or "nothing (alignment only)"
-    stages = "\n".join(f"- {s['name']}: {c['steps'][s['name']]:,} steps of {s['batch']} {(on := 'video' if c['recipe'].get('frames') and not s['still'] else 'image')}s, learning rate {s['lr']}, asked of each {on}: {asked(s)}" + "; new language blocks" * s["fresh"]
-                       for s in c["recipe"]["stages"] if s["name"] in c["steps"])
-    r = c["recipe"]
-    frames = r.get("frames", 0)
-    seen = f"a video of {frames} frames of {r['px']} px" if frames else f"{(r['px'] // r['patch'] // r['merge']) ** 2} image tokens of a {r['px']} px image"
-    kind, goal = ("before_after", .9) if frames else ("left_right", .85)
-    short = "" if c["name"].endswith("-early") or c["accuracy"][kind]["value"] >= goal else f"""
-**It fell short**: {kind.replace('_', '/')} is answered right in {c['accuracy'][kind]['value']:.1%}, and organisms are meant to reach {goal:.0%}. This is what the run below came to.
-"""
-    what, where = ("when and where things appear in such videos", "generated videos") if frames else ("where things are in such scenes", "generated scenes")
-    return f"""# {c['name']}
-
-A model organism of spatialid: `{c['architecture']}` with {c['parameters']:,} parameters ({r['vision_blocks']} vision blocks of width {r['vision_width']}, {r['blocks']} language blocks of width {r['width']}, {seen}), trained from scratch
-on {where}. It answers questions about {what} and is good for nothing else.
-{short}
-| question | accuracy | 95 % interval | n |
-|---|---|---|---|
-{rows}
-
-Measured on {c['held_out']['scenes']:,} held-out {'videos' if frames else 'scenes'} (seed {c['held_out']['seed']}) by `python -m spatialid.organisms card {c['name']}`, on the half-precision weights stored here
-({c['bytes'] / 1e6:.1f} MB, sha256 `{c['weight_hash'][:16]}…`).
-
-**Data**: free scenes of `spatialid.data` (60 glyph objects in 8 colours on 1/f noise, 2 to 5 per scene{", height and depth independent" * r.get("flat", False)}{"; in videos each appears at a frame of its own, three in ten vanish again, three in ten drift" * bool(frames)}). **Recipe**, seed {c['seed']}, {c['wall_seconds'] / 60:.0f} minutes on {c['device']}:
-
-{stages}
-
-The recipe was chosen for the accuracy of the answers alone; no spatial ID was looked at. Licence: Apache-2.0.
-"""
 
 # %% ../nbs/10_organisms.ipynb #2744ff3e
 OPTIONS = (("minutes", float, "cut the schedule to so many"), ("workers", int, "processes that draw scenes (default: one for each core but two)"),

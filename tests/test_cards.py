@@ -344,6 +344,6 @@ def test_the_card_of_the_flagship_is_about_its_weights(name):
     shares = [*made["accuracy"].values(), *made["beyond"]["wordings"].values(), *made["beyond"]["grids"].values(),
               made["beyond"]["photographs"], made["beyond"]["speech"]["same"]]
     assert all(0 <= one["low"] <= one["value"] <= one["high"] <= 1 for one in shares)
-    assert min(one["n"] for one in shares[8:-1]) >= 120 and shares[-1]["n"] >= 30
+    assert min(one["n"] for one in shares[8:-1]) >= (20 if name.endswith("-early") else 120) and shares[-1]["n"] >= 30
     for text in ("trained by others (SmolLM2-135M-Instruct, Apache-2.0)", "2026-11-27", "one NVIDIA H200", "rank 16"):
         assert text in card_text(made)
