@@ -418,6 +418,7 @@ def diagnose(
     n:int|None=200, # questions of all kinds
     tolerance:dict=TOLERANCE, # see `decide`
     seed:int=0,
+    gathered:dict|None=None, # the `evidence` of the same questions, where it is at hand
 ) -> dict: # stage, strength, why, skills, losses, repaired, n
     "The stage at which a model most likely loses the place of objects, with the evidence. About 2.4 forwards a question. ValueError where there are no such questions, FileNotFoundError where notebook 03 has not run and no IDs are given."
     if ids is None: ids = stored_ids(vlm, vlm.name)
@@ -426,7 +427,7 @@ def diagnose(
     asked = benchmark if isinstance(benchmark, Cases) else cases(benchmark, n, seed)
     which = np.array([kind in (None, q.kind) for q in asked.queries])
     if which.sum() < 10: raise ValueError(f"only {which.sum()} pictures of the benchmark ask {f'about {kind}' if kind else 'a question'}: a diagnosis resamples them and needs at least ten, so give a larger benchmark")
-    found = {k: v[which] for k, v in evidence(vlm, ids, asked, layer).items()} # probes are fitted on the pictures of all kinds
+    found = {k: v[which] for k, v in (gathered or evidence(vlm, ids, asked, layer)).items()} # probes are fitted on the pictures of all kinds
     drawn = resampled_losses(found, seed=seed)
     stage, strength = decide(drawn, tolerance)
     spread = np.quantile(drawn[1:], [0.025, 0.975], axis=0)

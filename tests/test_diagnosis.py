@@ -471,6 +471,8 @@ def test_a_damaged_readout_is_named_and_the_model_is_whole_afterwards(tmp_path):
     with pytest.raises(FileNotFoundError): dg.diagnose(vlm, tmp_path / "nowhere", ids, 4)
     of_folder, of_benchmark = (dg.diagnose(vlm, b, ids, 4, n=20) for b in (str(tmp_path), Benchmark(tmp_path)))
     assert of_folder == of_benchmark and of_folder["n"] == 20
+    few = asked[:24]
+    assert dg.diagnose(vlm, few, ids, 4, "above_below", gathered=dg.evidence(vlm, ids, few, 4)) == dg.diagnose(vlm, few, ids, 4, "above_below")
 
 
 @pytest.mark.parametrize("model", ["llava-tiny", "llava-tiny-early"])

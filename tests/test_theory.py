@@ -230,7 +230,8 @@ def test_planting_refuses_what_is_no_grid():
 
 # --- parts of a trained or random model
 
-BARE = "{% for message in messages %}{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>{% else %} {{ part['text'] }}{% endif %}{% endfor %}{% endfor %}"
+BARE = ("{% for message in messages %}{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>"
+        "{% else %} {{ part['text'] }}{% endif %}{% endfor %}{% endfor %}")
 
 
 def organism_of(family, kwargs):
@@ -308,8 +309,10 @@ def grouped(one, n_things=2):
         state[name] = state[name][:32]
     model.load_state_dict(state)
     values, outputs = block.self_attn.v_proj.weight.numpy(), block.self_attn.o_proj.weight.numpy()
-    P = np.linalg.lstsq(sum(outputs[:, 32 * h:32 * h + 32] @ values[32 * h:32 * h + 32] for h in range(2)), one.M, rcond=None)[0]
-    return in_float64(VLM(model, one.vlm.processor, "grouped", organism=True)), (outputs[:, :32] + outputs[:, 32:]) @ values[:32] @ P
+    whole = outputs[:, :32] @ values[:32] + outputs[:, 32:] @ values[32:]
+    P = np.linalg.lstsq(whole, one.M, rcond=None)[0]
+    M = (outputs[:, :32] + outputs[:, 32:]) @ values[:32] @ P
+    return in_float64(VLM(model, one.vlm.processor, "grouped", organism=True)), M
 
 
 def test_weights_predict_the_ids_of_a_model_with_grouped_heads():
