@@ -38,7 +38,7 @@ from transformers import AutoModelForImageTextToText, PreTrainedTokenizerFast
 
 from .data import COLOURS, KINDS, OBJECTS, PLACES, VIDEO_KINDS, FreeScenes, Video, Videos, moment, place, question_texts
 from .hooks import BUNDLED, FAMILIES, VLM, Frames, locate, without_torchvision
-from .results import provenance, results_dir, rng, write_bytes, write_json
+from .results import provenance, rng, write_bytes, write_json
 
 # %% ../nbs/10_organisms.ipynb #cfd999c9
 CELLS = [row.split() for row in ("bax cev diq foj", "guz hyp jik kob", "lur mev nax pof", "qel riv sut wyz")] # words without a meaning for the cells of a 4 × 4 grid, see notebook 09
