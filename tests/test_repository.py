@@ -112,6 +112,7 @@ def test_experiments_have_one_parameters_cell():
 def test_nothing_private_or_unfinished():
     "No path of a machine, no marker of unfinished work in what is committed as text."
     files = [p for d in ("nbs", "spatialid", "tests") for p in (ROOT/d).rglob("*") if p.suffix in (".py", ".ipynb", ".json", ".md")]
+    files = [p for p in files if p.name != "tokenizer.json"]  # the vocabulary of a language model knows every word
     files += [p for p in ROOT.iterdir() if p.is_file()]
     pattern = re.compile("|".join(["NotImplemented" + "Error", "TO" + "DO", "FIX" + "ME", r"(?<![\w.])/(?:ro" + r"ot|wo" + r"rk|ho" + r"me|tm" + r"p)/\w"]))
     found = {}
