@@ -252,7 +252,7 @@ def first_blocks(base, # a `LlamaForCausalLM`, changed
 
 
 def base_of(recipe:LanguageRecipe): # a `LlamaForCausalLM`; None where the language model is random
-    "The base of a recipe, cut to its blocks. Raises FileNotFoundError without the base's package."
+    "The base of a recipe, cut to its blocks. Raises AdapterError without the base's package."
     return None if recipe.trained == "random" else first_blocks(language_model(recipe.base), recipe.blocks)
 
 

@@ -589,7 +589,8 @@ def refused(action:str, names:list, jobs:int, options:dict) -> str: # empty: not
     plain = [name for name in names if name in RECIPES]
     if unknown: return f"no recipe {unknown[0]!r}; there are: {', '.join(known)}"
     if options and (plain or action == "card"):
-        return f"--{next(iter(options))} is for training a recipe with a language model, not for {(plain or ['a card'])[0]}: leave it out"
+        other = "a card" if action == "card" else plain[0]
+        return f"--{next(iter(options))} is for training a recipe with a language model, not for {other}: leave it out"
     low = [name for name, value in (("jobs", jobs), *options.items()) if name in ("jobs", "minutes") and value <= 0]
     return f"--{low[0]} must be above 0" if low else ""
 

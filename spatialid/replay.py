@@ -62,7 +62,8 @@ PROMPTS = (
 def filled(prompt:str) -> list: # of texts
     "A template with every combination of what its slots can hold."
     slots = [slot for _, slot, _, _ in Formatter().parse(prompt) if slot]
-    return [prompt.format(**dict(zip(slots, values))) for values in product(*(SLOTS[slot] for slot in slots))]
+    options = [SLOTS[slot] for slot in slots]
+    return [prompt.format(**dict(zip(slots, values))) for values in product(*options)]
 
 
 def all_prompts() -> list:

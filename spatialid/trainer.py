@@ -28,7 +28,7 @@ from safetensors.torch import save as to_bytes
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from .data import FreeScenes
+from .data import OBJECTS, FreeScenes, Objects
 from .hooks import find_family
 from .language import (ASSISTANT, END, LANGUAGE_RECIPES, LanguageRecipe, LanguageStage, base_of, build,
                                 lora_config, own_parameters, prepare)
@@ -247,7 +247,7 @@ def optimizer_of(eyes:list, language:list, # parameters
 # %% ../nbs/lib/trainer.ipynb #d65c6513
 @dataclass
 class Training:
-    "A run of a recipe. Raises FileNotFoundError without the base's package, ValueError for a folder of another run."
+    "A run of a recipe. Raises AdapterError without the base's package, ValueError for a folder of another run."
     recipe: LanguageRecipe
     out: Path
     minutes: float|None = None # the schedule is cut to them
@@ -329,6 +329,7 @@ def load(self:Training):
 @patch
 def batches(self:Training, stage, start:int) -> DataLoader:
     "The batches of a stage from a step on, drawn by the workers."
+    for name in OBJECTS if self.workers else (): Objects().sprite(name, 8) # each worker would have to draw it again
     endless = replace(stage, steps=10**9)
     steps = LanguageSteps(self.processor, self.recipe, endless, start, photos=self.photos, replay=self.replay)
     ahead = dict(prefetch_factor=4) if self.workers else {}

