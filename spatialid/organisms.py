@@ -573,8 +573,10 @@ def bundle(name:str, # what it will be loaded as
     return folder
 
 # %% ../nbs/10_organisms.ipynb #2744ff3e
-OPTIONS = (("minutes", float, "cut the schedule to so many"), ("workers", int, "processes that draw scenes (default: one for each core but two)"),
+OPTIONS = (("minutes", float, "cut the schedule to so many"),
+           ("workers", int, "processes that draw scenes (default: one for each core but two)"),
            ("photos", Path, "folder of photographs, the background of a quarter of the scenes"))
+
 
 def recipes() -> dict: # name -> recipe
     "All recipes, those with a language model behind the others."
@@ -583,14 +585,14 @@ def recipes() -> dict: # name -> recipe
 
 
 def refused(action:str, names:list, jobs:int, options:dict) -> str: # empty: nothing
-    "What a command asks that cannot be done."
+    "What a command asks for that cannot be done."
     known = recipes()
     unknown = [name for name in names if action == "train" and name not in known]
     plain = [name for name in names if name in RECIPES]
     if unknown: return f"no recipe {unknown[0]!r}; there are: {', '.join(known)}"
-    if options and (plain or action == "card"):
-        other = "a card" if action == "card" else plain[0]
-        return f"--{next(iter(options))} is for training a recipe with a language model, not for {other}: leave it out"
+    other = ["a card"] * (action == "card") + plain
+    if options and other:
+        return f"--{next(iter(options))} is for training a recipe with a language model, not for {other[0]}: leave it out"
     low = [name for name, value in (("jobs", jobs), *options.items()) if name in ("jobs", "minutes") and value <= 0]
     return f"--{low[0]} must be above 0" if low else ""
 
@@ -628,17 +630,21 @@ def side_by_side(names:list, jobs:int, out:str, options:dict):
     command = [sys.executable, "-m", "spatialid.organisms", "train"]
     run = lambda name: subprocess.run([*command, name, "--out", out, *further]).returncode
     with ThreadPoolExecutor(jobs) as pool: failed = [name for name, code in zip(names, pool.map(run, names)) if code]
-    if failed: raise ValueError(f"training failed for {', '.join(failed)}: see what it said above; the same command goes on from the last checkpoints")
+    if failed:
+        raise ValueError(f"training failed for {', '.join(failed)}: see what it said above; the same command goes on "
+                         "from the last checkpoints")
 
 # %% ../nbs/10_organisms.ipynb #73716d00
 def main(argv:list|None=None):
-    "`python -m spatialid.organisms train|card NAME...`: train and bundle organisms with their early checkpoints, or measure bundled ones."
+    "`python -m spatialid.organisms train|card NAME…`: train and bundle organisms, or measure bundled ones."
     import argparse
-    p = argparse.ArgumentParser("spatialid.organisms", description=main.__doc__, epilog="example: python -m spatialid.organisms train llava-tiny")
+    p = argparse.ArgumentParser("spatialid.organisms", description=main.__doc__,
+                                epilog="example: python -m spatialid.organisms train llava-tiny")
     p.add_argument("action", choices=("train", "card"))
     p.add_argument("names", nargs="+", metavar="NAME", help=f"train: {', '.join(recipes())}; card: any bundled organism")
     p.add_argument("--out", default=".work/organisms", help="folder of checkpoints (default %(default)s)")
-    p.add_argument("--jobs", type=int, default=1, help="organisms trained at a time, each by its own process (default %(default)s)")
+    p.add_argument("--jobs", type=int, default=1,
+                   help="organisms trained at a time, each by its own process (default %(default)s)")
     for name, kind, what in OPTIONS: p.add_argument(f"--{name}", type=kind, help=f"of a recipe with a language model: {what}")
     a = p.parse_args(argv)
     options = {name: value for name, *_ in OPTIONS if (value := getattr(a, name)) is not None}
@@ -648,7 +654,8 @@ def main(argv:list|None=None):
         elif len(a.names) == 1: train_and_bundle(a.names[0], Path(a.out) / a.names[0], options)
         else: side_by_side(a.names, a.jobs, a.out, options)
     except (FileNotFoundError, ValueError) as e: p.error(str(e))
-    except KeyboardInterrupt: raise SystemExit(f"stopped; {a.out} keeps the last checkpoint: the same command goes on from there") from None
+    except KeyboardInterrupt:
+        raise SystemExit(f"stopped; {a.out} keeps the last checkpoint: the same command goes on from there") from None
 
 # %% ../nbs/10_organisms.ipynb #b7bae8e8
 if __name__ == "__main__" and "__file__" in globals(): main()
