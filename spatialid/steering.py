@@ -394,7 +394,8 @@ def wilson(
     p = float(np.mean(shares))
     centre, half = p + z**2 / (2 * n), z * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
     low, high = ((centre + sign * half) / (1 + z**2 / n) for sign in (-1, 1))
-    return {"value": p, "low": max(0.0, low), "high": min(1.0, high), "n": n}
+    # at 0 and 1 the end of the interval is the value itself, which rounding may miss
+    return {"value": p, "low": max(0.0, min(low, p)), "high": min(1.0, max(high, p)), "n": n}
 
 def newcombe(
     a:dict, # value, low, high, n: see `wilson`

@@ -419,6 +419,8 @@ def test_wilson_and_newcombe_are_the_published_intervals():
     one = st.wilson([1] * 81 + [0] * (263 - 81))
     assert (round(one["low"], 4), round(one["high"], 4), one["n"]) == (0.2553, 0.3662, 263), "Newcombe 1998, table I"
     assert st.wilson([0] * 20)["low"] == 0 and round(st.wilson([0] * 20)["high"], 4) == 0.1611 and st.wilson([1] * 20)["high"] == 1
+    ends = [st.wilson(np.arange(n) < k) for n in range(1, 60) for k in (0, 1, n - 1, n)]
+    assert all(one["low"] <= one["value"] <= one["high"] for one in ends), "rounding must not exclude the value"
     gap = st.newcombe(st.wilson([1] * 56 + [0] * 14), st.wilson([1] * 48 + [0] * 32))
     assert (round(gap["value"], 4), round(gap["low"], 4), round(gap["high"], 4)) == (0.2, 0.0524, 0.3339), "Newcombe 1998, table II, method 10"
     with pytest.raises(ValueError, match="at least one question"): st.wilson([])
