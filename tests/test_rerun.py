@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 from spatialid import rerun, results
+from spatialid.claims import OPS
 
 ROOT = Path(__file__).parents[1]
 
@@ -278,7 +279,7 @@ def test_the_papers_claims(monkeypatch):
         assert set(e) - {"history"} == {"id", "source", "claim", "paper", "note", "measure", "rule"} and e["source"] and e["claim"]
         assert all(set(h) == {"date", "was", "why"} and all(h.values()) for h in e.get("history", ()))
         if e["rule"]:
-            assert set(e["rule"]) - {"model", "named"} == {"notebook", "key", "op", "threshold"} and e["rule"]["op"] in rerun.OPS and e["measure"]
+            assert set(e["rule"]) - {"model", "named"} == {"notebook", "key", "op", "threshold"} and e["rule"]["op"] in OPS and e["measure"]
             assert e["rule"]["notebook"] in rerun.notebooks()
     assert {r["status"] for r in rerun.claims("llava-tiny")} <= {"holds", "does not hold", "not yet run"}
 
