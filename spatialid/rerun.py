@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['OPTIONAL', 'SHORT', 'REPRODUCED', 'JSON_KEYS', 'UsageError', 'RunError', 'notebooks', 'find_notebook',
-           'parameters_of', 'check_model', 'parse_parameters', 'runs_dir', 'run_notebook', 'weight_digest',
-           'fingerprint', 'medium_of', 'experiments', 'is_done', 'end_with_parent', 'reproduce', 'figures_of',
-           'model_page', 'main', 'models_text']
+           'read_notebook', 'parameters_of', 'check_model', 'parse_parameters', 'runs_dir', 'run_notebook',
+           'weight_digest', 'fingerprint', 'medium_of', 'experiments', 'is_done', 'end_with_parent', 'reproduce',
+           'figures_of', 'model_page', 'main', 'models_text']
 
 # %% ../nbs/11_rerun.ipynb #46b72622
 import argparse, ast, hashlib, json, logging, os, re, shutil, signal, sys, textwrap, time
@@ -17,8 +17,6 @@ from itertools import zip_longest
 from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
 from threading import RLock, Thread
-
-import nbformat
 
 from .claims import claims, claims_markdown, claims_table, claims_text, notebooks_dir, verdict_of
 from .results import FLAGSHIP, bundled, results_dir, results_root, write_bytes, write_json
@@ -48,11 +46,18 @@ def find_notebook(
     problem = f"{which} is shared by {' and '.join(hits)}, give the name" if hits else f"no notebook {which!r}; there are {', '.join(found)}"
     raise UsageError(problem)
 
+def read_notebook(
+    path:Path, # a notebook
+):
+    """The notebook as nbformat has it, version 4."""
+    import nbformat  # here, for the command line to answer at once: it takes two seconds
+    return nbformat.read(path, 4)
+
 def parameters_of(
     path:Path, # a notebook
 ) -> dict: # name -> default; empty if the notebook has no parameters
     """The assignments of the cell tagged `parameters`; a default that is not a literal is given as its source."""
-    cells = [c for c in nbformat.read(path, 4).cells if "parameters" in c.metadata.get("tags", ())]
+    cells = [c for c in read_notebook(path).cells if "parameters" in c.metadata.get("tags", ())]
     def literal(node):
         try: return ast.literal_eval(node)
         except ValueError: return ast.unparse(node)
@@ -117,7 +122,7 @@ def runs_dir(
 # %% ../nbs/11_rerun.ipynb #bad8e75c
 def _failure(path, error):
     "What a reader needs to know of a failed cell: which, the line that failed and two before it (or the first lines), and the cause."
-    sources = [c.source for c in nbformat.read(path, 4).cells]
+    sources = [c.source for c in read_notebook(path).cells]
     where = f"cell {sources.index(error.source) + 1} of {len(sources)}" if error.source in sources else "the injected parameters"
     lines, arrow = error.source.splitlines(), re.search(r"^-+> *(\d+) ", re.sub(r"\x1b\[[\d;]*m", "", "\n".join(error.traceback)), re.M)  # in the first frame, which is the cell
     shown = lines[max(0, int(arrow[1]) - 3):int(arrow[1])] if arrow else lines[:4]
@@ -136,7 +141,7 @@ def run_notebook(
     if model: params["model"] = model
     out = runs_dir(params.get("model") or parameters_of(path).get("model"))/path.name
     write_bytes(out, b"")  # a folder that cannot be written is found now, not after the hours of work
-    nb = nbformat.read(path, 4)
+    nb = read_notebook(path)
     nb.cells = [c for c in nb.cells if not re.search(r"^#\|\s*eval:\s*false", c.source, re.M | re.I)]
     os.environ["SPATIALID_RESULTS"] = str(results_root().absolute())  # the kernel starts in another folder
     if params.get("quick"): os.environ["SPATIALID_QUICK"] = "1"  # what it writes does not replace what a full run wrote
@@ -200,7 +205,7 @@ def fingerprint(
     quick:bool=False, # in its short form
 ) -> str:
     """A hash of everything that decides what the notebook computes for the model, at its default parameters or in its short form."""
-    code = "\n\n".join(c.source for c in nbformat.read(path, 4).cells if c.cell_type == "code")
+    code = "\n\n".join(c.source for c in read_notebook(path).cells if c.cell_type == "code")
     parts = [path.stem, code, model, weight_digest(model), _modules(code), *(["quick"] if quick else [])]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
@@ -357,7 +362,7 @@ def figures_of(
 ) -> dict: # name, without .png -> the heading it stands under
     """The figures that a notebook saves for its model, in order."""
     found, heading = {}, path.stem
-    for cell in nbformat.read(path, 4).cells:
+    for cell in read_notebook(path).cells:
         if cell.cell_type == "markdown": heading = [heading, *re.findall(r"^#+ (.+)$", cell.source, re.M)][-1]
         else: found |= {name: heading for name in re.findall(r'save_figure\(.*?, model, "([\w-]+)"\)', cell.source) if name not in found}
     return found
