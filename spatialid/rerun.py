@@ -18,6 +18,7 @@ from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
 from threading import RLock, Thread
 
+from . import _HOME
 from .claims import claims, claims_markdown, claims_table, claims_text, notebooks_dir, verdict_of
 from .results import FLAGSHIP, bundled, results_dir, results_root, write_bytes, write_json
 
@@ -159,7 +160,8 @@ def _imports(code):
     "Modules of this library that `code` imports."
     direct = re.findall(r"^\s*(?:from|import)\s+(?:spatialid)?\.(\w+)", code, re.M)  # nbdev writes `from .results import …` in modules
     listed = ",".join(re.findall(r"^\s*from\s+spatialid\s+import\s+([\w ,]+)", code, re.M)).split(",")
-    return {*direct, *(n.split()[0] for n in listed if n.strip())}
+    names = [n.split()[0] for n in listed if n.strip()]
+    return {*direct, *(_HOME.get(n, n) for n in names)}  # `from spatialid import VLM` depends on hooks
 
 def _modules(code):
     "Source files of the library that `code` depends on, directly or through each other."

@@ -45,3 +45,10 @@ def test_every_name_is_found_where_it_lives():
 def test_an_unknown_name_says_which_there_are():
     with pytest.raises(AttributeError, match="no attribute 'vlm'; it has VLM, Query"): spatialid.vlm
     with pytest.raises(ImportError): exec("from spatialid import nothing")
+
+
+def test_a_notebook_depends_on_what_it_imports_from_the_package():
+    "What `reproduce` looks at to tell whether a notebook is done."
+    from spatialid.rerun import _modules
+    assert _modules("from spatialid import SpatialIDs, data as d").keys() >= {"extraction.py", "data.py", "hooks.py"}
+    assert "hooks.py" not in _modules("from spatialid import judge")
