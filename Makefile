@@ -21,13 +21,13 @@ test: env
 	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist worksteal tests
 
 docs: env
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/make_docs.py
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tools/make_docs.py
 
 bench: env
 	$(BIN)/spatialid run 12_bench
 
 families: env
-	$(BIN)/python tests/families.py
+	$(BIN)/python tools/families.py
 
 # One organism, or several: make organisms NAME="gemma3-tiny llava-tiny-flat". A stopped training goes on with the same command.
 NAME ?= llava-tiny
@@ -38,4 +38,4 @@ organisms: env
 prepare: env
 	$(BIN)/nbdev-export
 	$(BIN)/nbdev-clean
-	$(BIN)/python tests/make_readme.py
+	$(BIN)/python tools/make_readme.py

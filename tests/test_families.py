@@ -1,4 +1,4 @@
-"The parity matrix of `families.py`, family by family, and the file that shows it."
+"The parity matrix of `tools/families.py`, family by family, and the file that shows it."
 import json
 from pathlib import Path
 

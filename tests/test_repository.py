@@ -13,9 +13,9 @@ from pathlib import Path
 import nbformat
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-import check_site  # noqa: E402
-import make_readme  # noqa: E402
+import check_site
+import make_docs
+import make_readme
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = [*sorted((ROOT/"nbs").glob("*.ipynb")), *sorted((ROOT/"nbs"/"lib").glob("*.ipynb"))]
@@ -111,7 +111,7 @@ def test_experiments_have_one_parameters_cell():
 
 def test_nothing_private_or_unfinished():
     "No path of a machine, no marker of unfinished work in what is committed as text."
-    files = [p for d in ("nbs", "spatialid", "tests") for p in (ROOT/d).rglob("*") if p.suffix in (".py", ".ipynb", ".json", ".md")]
+    files = [p for d in ("nbs", "spatialid", "tests", "tools") for p in (ROOT/d).rglob("*") if p.suffix in (".py", ".ipynb", ".json", ".md")]
     files = [p for p in files if p.name != "tokenizer.json"]  # the vocabulary of a language model knows every word
     files += [p for p in ROOT.iterdir() if p.is_file()]
     pattern = re.compile("|".join(["NotImplemented" + "Error", "TO" + "DO", "FIX" + "ME", r"(?<![\w.])/(?:ro" + r"ot|wo" + r"rk|ho" + r"me|tm" + r"p)/\w"]))
@@ -192,6 +192,44 @@ def test_site_check_sees_damage(site, tmp_path, damage, complaint):
     damage(tree)
     new = [p for p in check_site.check(tree) if p not in base]
     assert any(complaint in p for p in new), new
+
+
+# --- the pages
+
+@pytest.fixture(scope="module")
+def processed(tmp_path_factory):
+    "(the problems, the page of a notebook whose last cells do more than import), after everything `make docs` does before Quarto."
+    tree = copy_of_tree(tmp_path_factory.mktemp("docs")/"tree")
+    for source in ("import json\njson.dumps(defined_nowhere)", "def half():\n    import math\n    return math.pi / 2\ndefined_nowhere()",
+                   "%time\nimport math\ndefined_nowhere"):
+        output = nbformat.v4.new_output("stream", name="stdout", text="as saved\n")
+        add_cell(tree/"nbs"/"00_results.ipynb", nbformat.v4.new_code_cell(source, outputs=[output]))
+    script = "import json, make_docs; print(json.dumps(make_docs.process(make_docs.ROOT)))"
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tree/"tools"), str(tree)])}
+    made = subprocess.run([sys.executable, "-c", script], cwd=tree, env=env, capture_output=True, text=True)
+    assert made.returncode == 0, made.stderr
+    return json.loads(made.stdout.splitlines()[-1]), nbformat.read(tree/"_proc"/"00_results.ipynb", 4)
+
+
+def test_pages_are_processed_up_to_the_render(processed):
+    problems, page = processed
+    assert problems == []
+    assert any(cell.source.startswith("#| echo: false\n#| output: asis\nshow_doc") and cell.outputs for cell in page.cells), "no signature"
+
+
+def test_a_cell_with_an_import_in_it_keeps_the_output_it_was_saved_with(processed):
+    _, page = processed
+    assert [cell.outputs[0].text for cell in page.cells[-3:]] == ["as saved\n"] * 3
+
+
+@pytest.mark.parametrize("source, expected", [
+    ("import json, os\njson.dumps(1)\nfrom a.b import c as d", "import json, os\nfrom a.b import c as d"),
+    ("def f():\n    import json\nf()", ""),
+    ("import json", "import json"),
+    ("%matplotlib inline", "%matplotlib inline"),
+])
+def test_the_imports_of_a_cell(source, expected):
+    assert make_docs.imports(source) == expected
 
 
 # --- every notebook runs

@@ -1,8 +1,10 @@
-"""The parity matrix: what must be true of every family, checked on a tiny random model with its real processor. `python tests/families.py` writes
+"""The parity matrix: what must be true of every family, checked on a tiny random model with its real processor. `python tools/families.py` writes
 `results/families.json`, which the site and `spatialid models` show."""
 import os
+import sys
 import tempfile
 from importlib.metadata import version
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,7 +14,9 @@ from transformers.utils import logging
 from spatialid.hooks import FAMILIES, Query, VLM
 from spatialid.results import results_root, write_json
 from spatialid.sweeps import in_float64, sweep
-from tiny import tiny
+
+sys.path.insert(0, str(Path(__file__).parents[1]/"tests"))
+from tiny import tiny  # noqa: E402
 
 LR = "Is the {subject} to the left or right of the {object}?"
 GROUPS = {"image": "image", "text": "text", "subject": "subject", "objects": "objects", "answers": "answers", "last": "last", "all": "all",

@@ -1,4 +1,4 @@
-"""What Quarto would refuse or accept in silence, checked without Quarto. `python tests/check_site.py [root]` prints the problems, exit code 1 if any.
+"""What Quarto would refuse or accept in silence, checked without Quarto. `python tools/check_site.py [root]` prints the problems, exit code 1 if any.
 
 Quarto 1.7 refuses unknown website keys, wrong types and broken YAML, but says nothing of a sidebar entry without a page, a missing metadata
 file, an unknown top-level key, a missing image or a broken link; and it loads scripts from the web for pages with HTML outputs."""

@@ -1,4 +1,4 @@
-"README.md from nbs/index.ipynb, without Quarto, and the page of each bundled model: `python tests/make_readme.py` writes them; tests/test_repository.py compares."
+"README.md from nbs/index.ipynb, without Quarto, and the page of each bundled model: `python tools/make_readme.py` writes them; tests/test_repository.py compares."
 import re
 from pathlib import Path
 

@@ -1,0 +1,70 @@
+"""`make docs`: nbdev's processing into _proc/, the structural check, and, where Quarto is installed, the site in _docs/.
+
+Quarto does not run cells (`execute: enabled: false` in _quarto.yml). nbdev does, for the signatures that it shows: the exported cells, and every
+cell with an import in it, whatever else that cell does. Here such a cell gives its imports and keeps the output it was saved with."""
+import ast
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from unittest import mock
+
+import nbdev.serve
+from fastcore.nbio import NbCell
+from nbdev.processors import FilterDefaults, exec_show_docs
+from nbdev.quarto import refresh_quarto_yml
+
+from check_site import check
+
+ROOT = Path(__file__).parents[1]
+EXPORTED = {"export", "exports", "exporti", "exec_doc"}
+
+
+def imports(source):
+    "The imports at the top level of a cell, as source; the same source when Python cannot parse it (magics)."
+    try: body = ast.parse(source).body
+    except SyntaxError: return source
+    return "\n".join(ast.unparse(node) for node in body if isinstance(node, (ast.Import, ast.ImportFrom)))
+
+
+class RunForSignatures(exec_show_docs):
+    "Runs exported cells, and the imports alone of all others. Raises Exception with the cell when one fails."
+    def __call__(self, cell):
+        if cell.cell_type != "code" or "show_doc(" in cell.source or EXPORTED & cell.directives_.keys():
+            return super().__call__(cell)
+        stand_in = NbCell(cell.idx_, dict(cell, source=imports(cell.source), outputs=[]))
+        stand_in.directives_ = cell.directives_
+        super().__call__(stand_in)
+
+
+class Pages(FilterDefaults):
+    "nbdev's processing of a page, with `RunForSignatures`."
+    def base_procs(self):
+        "The processors, in their order."
+        return [RunForSignatures if proc is exec_show_docs else proc for proc in super().base_procs()]
+
+
+def process(root):
+    "Pages of a checkout in its _proc/, as `nbdev-proc-nbs` makes them, but without its attempt to install Quarto with sudo. Returns problems, as sentences."
+    os.chdir(root)
+    refresh_quarto_yml()
+    with mock.patch.object(nbdev.serve, "FilterDefaults", Pages):
+        nbdev.serve.proc_nbs(symlinks=True, n_workers=0)  # follows nbs/results
+    pages = (p.relative_to("nbs") for p in sorted(Path("nbs").rglob("*.ipynb")) if ".ipynb_checkpoints" not in p.parts)
+    missing = [f"_proc/{page} was not made: remove _proc and run `make docs` again" for page in pages if not Path("_proc", page).is_file()]
+    return check(root) + missing
+
+
+def main():
+    "Pages, check and, with Quarto, the site. Exits with the problems when there are any."
+    problems = process(ROOT)
+    if problems: sys.exit("\n".join(problems))
+    print("site: OK, pages processed into _proc/")
+    if shutil.which("quarto"):
+        subprocess.run(["nbdev-docs", "--symlinks"], check=True)
+        print("site rendered: _docs/index.html")
+    else: print("Quarto is not installed, so nothing was rendered: `pip install quarto-cli` on a machine with a network, then `make docs`")
+
+
+if __name__ == "__main__": main()
