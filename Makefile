@@ -34,8 +34,9 @@ NAME ?= llava-tiny
 organisms: env
 	for name in $(NAME); do $(BIN)/python -m spatialid.organisms train $$name || exit; done
 
-# For authors, after editing notebooks: modules, clean notebooks, README.
+# For authors, after editing notebooks or settings.ini: modules, clean notebooks, metadata, README.
 prepare: env
+	$(BIN)/python tools/make_metadata.py
 	$(BIN)/nbdev-export
 	$(BIN)/nbdev-clean
 	$(BIN)/python tools/make_readme.py

@@ -1,5 +1,4 @@
 "The repository agrees with itself: configurations, generated files, notebooks, site."
-import configparser
 import hashlib
 import json
 import os
@@ -15,6 +14,7 @@ import pytest
 
 import check_site
 import make_docs
+import make_metadata
 import make_readme
 
 ROOT = Path(__file__).parents[1]
@@ -39,9 +39,7 @@ def copy_of_tree(target, *, results=True):
 
 def test_settings_ini_agrees_with_pyproject():
     import spatialid
-    ini = configparser.ConfigParser(delimiters=["="])
-    ini.read(ROOT/"settings.ini", encoding="utf-8")
-    ini = ini["DEFAULT"]
+    ini = make_metadata.settings()
     toml = tomllib.loads((ROOT/"pyproject.toml").read_text(encoding="utf-8"))
     project, nbdev = toml["project"], toml["tool"]["nbdev"]
     as_text = lambda v: " ".join(v) if isinstance(v, list) else str(v).capitalize() if isinstance(v, bool) else v
@@ -54,13 +52,44 @@ def test_settings_ini_agrees_with_pyproject():
     assert not nbdev["update_pyproject"]
 
 
+def test_files_that_repeat_settings_ini_agree_with_it():
+    assert make_metadata.made() == {path: path.read_text(encoding="utf-8") for path in make_metadata.made()}, "run `make prepare`"
+
+
+ADDRESSES = {"git_url": "https://github.com/someone/spatialid", "doc_url": "https://someone.github.io/spatialid"}
+
+
+def test_addresses_are_set_in_settings_ini_alone():
+    "Set, they are everywhere; set to nothing again, nothing of them stays."
+    ini, bare = {**make_metadata.settings(), **ADDRESSES, "version": "9.9"}, {**make_metadata.settings(), "git_url": "", "doc_url": ""}
+    toml, cff = ((ROOT/name).read_text(encoding="utf-8") for name in ("pyproject.toml", "CITATION.cff"))
+    published, cited = make_metadata.pyproject(toml, ini), make_metadata.citation(cff, ini)
+    assert tomllib.loads(published)["project"]["urls"] == {"Repository": ADDRESSES["git_url"], "Documentation": ADDRESSES["doc_url"]}
+    assert {**tomllib.loads(published)["project"], "urls": 0} == {**tomllib.loads(toml)["project"], "urls": 0}
+    assert 'version: 9.9\nrepository-code: "https://github.com/someone/spatialid"\nurl: "https://someone.github.io/spatialid"\n' in cited
+    assert make_metadata.pyproject(published, ini) == published and make_metadata.citation(cited, ini) == cited, "written twice"
+    assert "someone" not in make_metadata.pyproject(published, bare) + make_metadata.citation(cited, bare)
+    assert "urls" not in tomllib.loads(make_metadata.pyproject(published, bare))["project"]
+
+
+@pytest.mark.parametrize("folder, text, published, bare", [
+    (".", "see [it](../CITATION.cff)", "see [it](https://github.com/someone/spatialid/blob/main/CITATION.cff)", "see it"),
+    ("lib", "[there](../../tests/tiny.py#L3)", "[there](https://github.com/someone/spatialid/blob/main/tests/tiny.py)", "there"),
+    ("lib", "[page](../00_hooks.ipynb)", "[page](../00_hooks.ipynb)", "[page](../00_hooks.ipynb)"),
+    (".", "![figure](results/a.png) [web](https://a.org) [up](#top)",) + ("![figure](results/a.png) [web](https://a.org) [up](#top)",) * 2,
+])
+def test_a_link_that_leaves_the_site_leads_to_the_repository(folder, text, published, bare):
+    ini = make_metadata.settings()
+    assert make_docs.link_outside(text, folder, {**ini, **ADDRESSES}) == published
+    assert make_docs.link_outside(text, folder, {**ini, "git_url": ""}) == bare
+
+
 def test_constraints_pin_every_requirement():
-    ini = configparser.ConfigParser(delimiters=["="])
-    ini.read(ROOT/"settings.ini", encoding="utf-8")
+    ini = make_metadata.settings()
     normal = lambda name: re.sub(r"[-_.]+", "-", name).lower()
     pinned = {normal(line.split("==")[0]): line for line in (ROOT/"constraints.txt").read_text().splitlines() if "==" in line}
     assert pinned["torch"] == "torch==2.13.0", "no local version: the CPU build and every CUDA build satisfy it"
-    wanted = (ini["DEFAULT"]["requirements"] + " " + ini["DEFAULT"]["dev_requirements"]).split()
+    wanted = (ini["requirements"] + " " + ini["dev_requirements"]).split()
     assert not [w for w in wanted if normal(w) not in pinned]
 
 
@@ -140,6 +169,19 @@ def test_site(site):
     assert check_site.check(site) == []
 
 
+@pytest.fixture(scope="module")
+def small_site(site, tmp_path_factory):
+    "(a copy of the site without what the check does not read, its problems): cheap to copy and to check, once for each kind of damage."
+    tree = tmp_path_factory.mktemp("small")/"tree"
+    shutil.copytree(site, tree, symlinks=True, ignore=shutil.ignore_patterns("spatialid", "*.png", "results", "tests"))
+    (tree/"results").mkdir(), (tree/"tests").mkdir()
+    for path in (tree/"nbs").rglob("*.ipynb"):
+        nb = nbformat.read(path, 4)
+        for cell in nb.cells: cell.pop("outputs", None), cell.update({"outputs": []} if cell.cell_type == "code" else {})
+        nbformat.write(nb, path)
+    return tree, check_site.check(tree)
+
+
 def edit(path, old, new):
     text = path.read_text(encoding="utf-8")
     assert old in text
@@ -153,6 +195,22 @@ def add_cell(path, cell):
 
 
 def markdown(text): return lambda t: add_cell(t/"nbs"/"11_rerun.ipynb", nbformat.v4.new_markdown_cell(text))
+
+
+def publish(text):
+    "Addresses in settings.ini and the files that repeat it, and a cell with `text`."
+    def damage(tree):
+        path = tree/"settings.ini"
+        for key, url in ADDRESSES.items(): path.write_text(re.sub(rf"^{key} =.*", f"{key} = {url}", path.read_text(), flags=re.M))
+        for made, content in make_metadata.made(tree).items(): made.write_text(content)
+        markdown(text)(tree)
+    return damage
+
+
+def published_links(tree):
+    "Links to the repository and the site that lead somewhere."
+    git, doc = ADDRESSES.values()
+    publish(f"[a]({git}) [b]({git}/blob/main/README.md#x) [c]({git}/issues/3) [d]({doc}/) [e]({doc}/02_mirror_swap.html#x)")(tree)
 
 
 def output(kind):
@@ -185,20 +243,31 @@ def output(kind):
     (output("text/html"), "would load scripts"),
     (output("application/javascript"), "would load scripts"),
     (lambda t: edit(t/"README.md", "](nbs/10_organisms.ipynb)", "](nbs/19_gone.ipynb)"), "link nbs/19_gone.ipynb missing"),
+    (lambda t: edit(t/"CONTRIBUTING.md", "# Contributing", "# Contributing\n\nSee tests/" + "test_gone.py."), "CONTRIBUTING.md: tests/test_gone.py missing"),
+    (markdown("as `tools/" + "gone.py` does"), "nbs/11_rerun.ipynb: tools/gone.py missing"),
+    (markdown("[x](https://github.com/nobody/spatialid)"), "https://github.com/nobody/spatialid is not an address of settings.ini"),
+    (publish("[x](https://github.com/someone/spatialid/blob/main/gone.md)"), "no gone.md in the repository"),
+    (publish("[x](https://someone.github.io/spatialid/models/gone.html)"), "models/gone.html: no such page"),
+    (publish("[x](https://someone.github.io/other/spatialid)"), "is not an address of settings.ini"),
 ], ids=lambda p: p.replace(" ", "-") if isinstance(p, str) else "")
-def test_site_check_sees_damage(site, tmp_path, damage, complaint):
-    tree = Path(shutil.copytree(site, tmp_path/"tree", symlinks=True, ignore=shutil.ignore_patterns("spatialid", "*.png")))
-    base = check_site.check(tree)
+def test_site_check_sees_damage(small_site, tmp_path, damage, complaint):
+    tree, base = Path(shutil.copytree(small_site[0], tmp_path/"tree", symlinks=True)), small_site[1]
     damage(tree)
     new = [p for p in check_site.check(tree) if p not in base]
     assert any(complaint in p for p in new), new
+
+
+def test_site_check_accepts_links_to_the_published_repository(small_site, tmp_path):
+    tree = Path(shutil.copytree(small_site[0], tmp_path/"tree", symlinks=True))
+    published_links(tree)
+    assert check_site.check(tree) == small_site[1]
 
 
 # --- the pages
 
 @pytest.fixture(scope="module")
 def processed(tmp_path_factory):
-    "(the problems, the page of a notebook whose last cells do more than import), after everything `make docs` does before Quarto."
+    "(the problems, the page of a notebook whose last cells do more than import, the home page), after everything `make docs` does before Quarto."
     tree = copy_of_tree(tmp_path_factory.mktemp("docs")/"tree")
     for source in ("import json\njson.dumps(defined_nowhere)", "def half():\n    import math\n    return math.pi / 2\ndefined_nowhere()",
                    "%time\nimport math\ndefined_nowhere"):
@@ -208,17 +277,18 @@ def processed(tmp_path_factory):
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tree/"tools"), str(tree)])}
     made = subprocess.run([sys.executable, "-c", script], cwd=tree, env=env, capture_output=True, text=True)
     assert made.returncode == 0, made.stderr
-    return json.loads(made.stdout.splitlines()[-1]), nbformat.read(tree/"_proc"/"00_results.ipynb", 4)
+    return json.loads(made.stdout.splitlines()[-1]), *(nbformat.read(tree/"_proc"/name, 4) for name in ("00_results.ipynb", "index.ipynb"))
 
 
 def test_pages_are_processed_up_to_the_render(processed):
-    problems, page = processed
+    problems, page, index = processed
     assert problems == []
+    assert "](../" not in "".join(cell.source for cell in index.cells), "a link that leaves the site"
     assert any(cell.source.startswith("#| echo: false\n#| output: asis\nshow_doc") and cell.outputs for cell in page.cells), "no signature"
 
 
 def test_a_cell_with_an_import_in_it_keeps_the_output_it_was_saved_with(processed):
-    _, page = processed
+    _, page, _ = processed
     assert [cell.outputs[0].text for cell in page.cells[-3:]] == ["as saved\n"] * 3
 
 

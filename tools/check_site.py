@@ -10,6 +10,8 @@ from urllib.parse import unquote
 import nbformat
 import yaml
 
+from make_metadata import settings
+
 KEYS = {
     "": {"project", "website", "format", "execute", "metadata-files", "format-links", "filters", "bibliography", "lang", "author", "date", "toc"},
     "project": {"type", "output-dir", "render", "resources", "execute-dir", "pre-render", "post-render", "preview"},
@@ -132,6 +134,28 @@ def check_notebook(path, problems):
                 if kind == "text/markdown": check_text(data, path.parent, anchors, where, problems)
 
 
+def wrong_addresses(text, root, ini):
+    "What is wrong with the links of `text` to the repository and the site of `ini`, and to one of that name elsewhere; as sentences."
+    code, site = (ini[key].rstrip("/") for key in ("git_url", "doc_url"))
+    for url in dict.fromkeys(re.findall(rf"https?://[\w.]*git[\w./-]*/{ini['lib_name']}\b[\w./#?%-]*", text)):
+        file = re.match(rf"{re.escape(code)}/(?:blob|tree|raw)/[^/]+/([^#?]+)", url)
+        page = re.match(rf"{re.escape(site)}/([^#?]+)\.html", url)
+        if not any(start and url.startswith(start) for start in (code, site)): yield f"{url} is not an address of settings.ini"
+        elif file and not (root/unquote(file[1])).exists(): yield f"{url}: no {unquote(file[1])} in the repository"
+        elif page and not any((root/"nbs"/page[1]).with_suffix(kind).exists() for kind in (".ipynb", ".md")): yield f"{url}: no such page"
+
+
+def check_repository(root, problems):
+    "Addresses of the repository and the site, as in settings.ini, and files of tests/ and tools/ that anything names."
+    ini, folders = settings(root), ("nbs", "spatialid", "tools", ".ci")
+    files = [p for folder in folders for p in sorted((root/folder).rglob("*")) if p.suffix in (".py", ".ipynb", ".md", "")]
+    for path in filter(Path.is_file, [*sorted(root.iterdir()), *files]):
+        text, name = path.read_text(encoding="utf-8", errors="ignore"), path.relative_to(root)
+        for named in dict.fromkeys(re.findall(r"(?<![\w/.])(?:tests|tools)/\w+\.py\b", text)):
+            if not (root/named).is_file(): problems.append(f"{name}: {named} missing")
+        if name.name != "settings.ini": problems += [f"{name}: {wrong}" for wrong in wrong_addresses(text, root, ini)]
+
+
 def check(root):
     "All problems of the site of a checkout, as sentences."
     root, problems = Path(root), []
@@ -139,6 +163,7 @@ def check(root):
     if not (root/"_quarto.yml").is_file() or not (nbs/"_quarto.yml").exists() or not (root/"_quarto.yml").samefile(nbs/"_quarto.yml"):
         problems.append("nbs/_quarto.yml must be a link to _quarto.yml")
     check_config(nbs, problems)
+    check_repository(root, problems)
     if not (nbs/"index.ipynb").is_file(): problems.append("the home page nbs/index.ipynb is missing")
     for path in (*sorted(nbs.glob("*.ipynb")), *sorted(nbs.glob("lib/*.ipynb"))): check_notebook(path, problems)
     for path in (root/"README.md", root/"CONTRIBUTING.md", *sorted(nbs.glob("models/*.md"))):

@@ -4,6 +4,7 @@ Quarto does not run cells (`execute: enabled: false` in _quarto.yml). nbdev does
 cell with an import in it, whatever else that cell does. Here such a cell gives its imports and keeps the output it was saved with."""
 import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,11 +12,12 @@ from pathlib import Path
 from unittest import mock
 
 import nbdev.serve
-from fastcore.nbio import NbCell
+from fastcore.nbio import NbCell, read_nb, write_nb
 from nbdev.processors import FilterDefaults, exec_show_docs
 from nbdev.quarto import refresh_quarto_yml
 
 from check_site import check
+from make_metadata import settings
 
 ROOT = Path(__file__).parents[1]
 EXPORTED = {"export", "exports", "exporti", "exec_doc"}
@@ -45,12 +47,33 @@ class Pages(FilterDefaults):
         return [RunForSignatures if proc is exec_show_docs else proc for proc in super().base_procs()]
 
 
+def link_outside(text, folder, ini):
+    "The Markdown `text` of a page in `folder` (below nbs/), with its links to files outside nbs/ leading to the repository of `ini`; without one, their words alone."
+    def link(match):
+        path = os.path.normpath(os.path.join("nbs", folder, match[2].partition("#")[0]))
+        if re.match(r"\w+:|#", match[2]) or path.startswith("nbs"): return match[0]
+        return f"[{match[1]}]({ini['git_url']}/blob/{ini['branch']}/{path})" if ini["git_url"] else match[1]
+    return re.sub(r"(?<!!)\[([^\]]*)\]\(([^)\s]+)\)", link, text)
+
+
+def link_pages(root):
+    "Rewrites the links of the processed pages that lead outside the site."
+    pages, ini = root/"_proc", settings(root)
+    for page in sorted(pages.rglob("*.ipynb")):
+        nb, folder = read_nb(page), page.parent.relative_to(pages)
+        for cell in nb.cells:
+            if cell.cell_type == "markdown": cell.source = link_outside(cell.source, folder, ini)
+        write_nb(nb, page)
+
+
 def process(root):
     "Pages of a checkout in its _proc/, as `nbdev-proc-nbs` makes them, but without its attempt to install Quarto with sudo. Returns problems, as sentences."
+    root = Path(root).absolute()
     os.chdir(root)
     refresh_quarto_yml()
     with mock.patch.object(nbdev.serve, "FilterDefaults", Pages):
         nbdev.serve.proc_nbs(symlinks=True, n_workers=0)  # follows nbs/results
+    link_pages(root)
     pages = (p.relative_to("nbs") for p in sorted(Path("nbs").rglob("*.ipynb")) if ".ipynb_checkpoints" not in p.parts)
     missing = [f"_proc/{page} was not made: remove _proc and run `make docs` again" for page in pages if not Path("_proc", page).is_file()]
     return check(root) + missing
