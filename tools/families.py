@@ -1,5 +1,6 @@
-"""The parity matrix: what must be true of every family, checked on a tiny random model with its real processor. `python tools/families.py` writes
-`results/families.json`, which the site and `spatialid models` show."""
+"""The parity matrix: what must be true of every family, checked on a tiny random model with its real processor.
+
+`python tools/families.py` writes `results/families.json`, which the site and `spatialid models` show."""
 import os
 import sys
 import tempfile
@@ -19,23 +20,24 @@ sys.path.insert(0, str(Path(__file__).parents[1]/"tests"))
 from tiny import tiny  # noqa: E402
 
 LR = "Is the {subject} to the left or right of the {object}?"
-GROUPS = {"image": "image", "text": "text", "subject": "subject", "objects": "objects", "answers": "answers", "last": "last", "all": "all",
-          "neighbours": lambda query: (-3, -7), "object and image": ("object", "image")}
-LIMITS = {"no-op hooks": 0, "capture": 0, "patch with itself": 0, "patch everything": 1e-5, "batch = singles": 1e-9, "load from a folder": 1e-5,
-          "fast sweep": 1e-9}
+GROUPS = {name: name for name in ("image", "text", "subject", "objects", "answers", "last", "all")}
+GROUPS |= {"neighbours": lambda query: (-3, -7), "object and image": ("object", "image")}
+LIMITS = {"no-op hooks": 0, "capture": 0, "patch with itself": 0, "patch everything": 1e-5, "batch = singles": 1e-9,
+          "load from a folder": 1e-5, "fast sweep": 1e-9}
 
 
 def ask(seed, video, template=LR, **words):
     "A query about noise: one picture, or four frames."
-    frames = [Image.fromarray(np.random.default_rng((seed, i)).integers(0, 255, (20, 20, 3), dtype=np.uint8)) for i in range(4)]
-    return Query(frames if video else frames[0], template, {"subject": "cup", "object": "star", **words}, ("left", "right"), "left")
+    noise = [np.random.default_rng((seed, i)).integers(0, 255, (20, 20, 3), dtype=np.uint8) for i in range(4)]
+    frames, words = [Image.fromarray(pixels) for pixels in noise], {"subject": "cup", "object": "star", **words}
+    return Query(frames if video else frames[0], template, words, ("left", "right"), "left")
 
 
 def gap(a, b): return (a - b).abs().max().item()
 
 
 def captured(vlm, query, layers):
-    "The largest difference between captured rows and what a hook of our own sees the next block, or the final norm, receive."
+    "The largest difference between captured rows and what a hook sees the next block, or the final norm, receive."
     text, seen = vlm.model.get_submodule(FAMILIES[vlm.model.config.model_type].text), {}
     def see(l): return lambda module, args: seen.setdefault(l, args[0])
     hooks = [module.register_forward_pre_hook(see(l)) for l, module in zip(layers, [*list(text.layers)[1:], text.norm])]
@@ -46,12 +48,15 @@ def captured(vlm, query, layers):
 
 
 def everything(vlm, base, other, layers, group):
-    """The largest difference from the other run when all of it is patched in at a layer: tokens and, in Mllama, cross-attention states. Qwen3-VL
-    adds the picture again after its first blocks, so what they add is patched in as well."""
+    """The largest difference from the other run when all of it is patched in at a layer.
+
+    All: tokens and, in Mllama, cross-attention states. Qwen3-VL adds the picture again after its first blocks,
+    so what they add is patched in as well."""
     again = len(getattr(vlm.model.config.vision_config, "deepstack_visual_indexes", ()))
     gaps = []
     for l in layers:
-        with vlm.patch({k: (group, other) for k in range(l, max(l, again) + 1)}): gaps.append(gap(vlm.run(base).logits, other.logits))
+        with vlm.patch({k: (group, other) for k in range(l, max(l, again) + 1)}):
+            gaps.append(gap(vlm.run(base).logits, other.logits))
     return max(gaps)
 
 
@@ -69,44 +74,73 @@ def swept(vlm, base, source):
     return max(gap(torch.as_tensor(fast.logits[name]), torch.as_tensor(plain.logits[name])) for name in GROUPS)
 
 
+def unchanged(vlm, query, layers, group):
+    "The largest difference that a patch function makes which gives the rows back as they are."
+    with vlm.patch({l: (group, lambda rows: rows) for l in layers}): hooked = vlm.run(query, layers).logits
+    return gap(hooked, vlm.run(query).logits)
+
+
+def itself(vlm, query, run, layers, groups):
+    "The largest difference that patching a run's own rows makes, over the groups."
+    gaps = []
+    for group in groups:
+        with vlm.patch({l: (group, run) for l in layers}): gaps.append(gap(vlm.run(query).logits, run.logits))
+    return max(gaps)
+
+
+def batched(vlm, queries, layers):
+    "The largest difference between queries of unequal length in a batch and alone: logits and rows of the objects."
+    batch, gaps = vlm.run(queries, layers, "objects"), []
+    for i, query in enumerate(queries):
+        single = vlm.run(query, layers, "objects")
+        gaps += [gap(batch.logits[i], single.logits[0])]
+        gaps += [gap(batch.residual(l)[i], single.residual(l)[0]) for l in layers]
+    return max(gaps)
+
+
 def checks(family, video):
     "{check: largest difference} of one family for one medium."
-    vlm = VLM(*tiny(family), family)
+    vlm, exact = VLM(*tiny(family), family), in_float64(VLM(*tiny(family), family))
     layers, base, source = range(1, vlm.n_layers + 1), ask(0, video), ask(1, video)
     whole = ("image", "all") if vlm.family.cross else "all"
-    own, other = (vlm.run(q, layers, (whole, "image", "text", "objects")) for q in (base, source))
+    groups = (whole, "image", "text", "objects")
+    own, other = (vlm.run(q, layers, groups) for q in (base, source))
     assert gap(own.logits, other.logits) > .1  # the picture matters
-    found = {}
-    with vlm.patch({l: (whole, lambda rows: rows) for l in layers}): found["no-op hooks"] = gap(vlm.run(base, layers).logits, vlm.run(base).logits)
-    found["capture"] = captured(vlm, base, layers)
-    def again(group):
-        with vlm.patch({l: (group, own) for l in layers}): return gap(vlm.run(base).logits, own.logits)
-    found["patch with itself"] = max(map(again, (whole, "image", "text", "objects")))
-    found["patch everything"] = everything(vlm, base, other, layers, whole)
-    mixed = [base, ask(2, video, subject="umbrella", object="hot dog"), ask(3, video, "Is the {subject} left of the {object}, or right?")]
+    longer, other_longer = (ask(seed, video, subject="umbrella", object="hot dog") for seed in (2, 4))
+    mixed = [base, longer, ask(3, video, "Is the {subject} left of the {object}, or right?")]
     if not vlm.family.cross: mixed.append(Query(None, "Is a {subject} a {object}?", base.words, base.answers))
-    exact = in_float64(VLM(*tiny(family), family))
-    batch, singles = exact.run(mixed, layers, "objects"), [exact.run(q, layers, "objects") for q in mixed]
-    found["batch = singles"] = max(max(gap(batch.logits[i], one.logits[0]), *(gap(batch.residual(l)[i], one.residual(l)[0]) for l in layers))
-                                   for i, one in enumerate(singles))
-    found["load from a folder"] = reloaded(vlm, base)
+    found = {"no-op hooks": unchanged(vlm, base, layers, whole), "capture": captured(vlm, base, layers),
+             "patch with itself": itself(vlm, base, own, layers, groups),
+             "patch everything": everything(vlm, base, other, layers, whole),
+             "batch = singles": batched(exact, mixed, layers), "load from a folder": reloaded(vlm, base)}
     if vlm.family.fast:
-        found["fast sweep"] = swept(exact, [base, mixed[1]], [source, ask(4, video, subject="umbrella", object="hot dog")])
+        found["fast sweep"] = swept(exact, [base, longer], [source, other_longer])
     return found
 
 
 def rows(families=FAMILIES):
     "[{family, check, medium, ok, value, limit}], one for each family, medium and check."
-    return [dict(family=family, check=check, medium=("image", "video")[video], ok=value <= LIMITS[check], value=value, limit=LIMITS[check])
-            for family in families for video in ((False, True) if FAMILIES[family].frames else (False,)) for check, value in checks(family, video).items()]
+    found = []
+    for family in families:
+        for medium in ("image", "video") if FAMILIES[family].frames else ("image",):
+            for check, value in checks(family, medium == "video").items():
+                limit = LIMITS[check]
+                row = dict(family=family, check=check, medium=medium, ok=value <= limit, value=value, limit=limit)
+                found.append(row)
+    return found
 
 
-if __name__ == "__main__":
+def main():
+    "Checks all families, writes the matrix and names what failed."
     os.environ["HF_HUB_OFFLINE"] = "1"
     torch.set_num_threads(1)
     logging.disable_progress_bar()
-    found = rows()
-    path = results_root() / "results" / "families.json"
-    write_json(path, {"rows": found, "versions": {name: version(name) for name in ("torch", "transformers", "tokenizers")}})
-    bad = [f"{row['family']} ({row['medium']}), {row['check']}: {row['value']:.2g} > {row['limit']}" for row in found if not row["ok"]]
-    print(f"{len(found)} checks of {len(FAMILIES)} families, {len(bad)} failed: {path}", *bad, sep="\n")
+    found, path = rows(), results_root() / "results" / "families.json"
+    versions = {name: version(name) for name in ("torch", "transformers", "tokenizers")}
+    write_json(path, {"rows": found, "versions": versions})
+    bad = [row for row in found if not row["ok"]]
+    print(f"{len(found)} checks of {len(FAMILIES)} families, {len(bad)} failed: {path}")
+    for row in bad: print("{family} ({medium}), {check}: {value:.2g} > {limit}".format(**row))
+
+
+if __name__ == "__main__": main()

@@ -1,7 +1,8 @@
-"""`make docs`: nbdev's processing into _proc/, the structural check, and, where Quarto is installed, the site in _docs/.
+"""`make docs`: pages in _proc/, the structural check, and, where Quarto is installed, the site in _docs/.
 
-Quarto does not run cells (`execute: enabled: false` in _quarto.yml). nbdev does, for the signatures that it shows: the exported cells, and every
-cell with an import in it, whatever else that cell does. Here such a cell gives its imports and keeps the output it was saved with."""
+Quarto does not run cells (`execute: enabled: false` in _quarto.yml). nbdev does, for the signatures that it shows: the
+exported cells, and every cell with an import in it, whatever else that cell does. Here such a cell gives its imports
+and keeps the output it was saved with."""
 import ast
 import os
 import re
@@ -48,7 +49,9 @@ class Pages(FilterDefaults):
 
 
 def link_outside(text, folder, ini):
-    "The Markdown `text` of a page in `folder` (below nbs/), with its links to files outside nbs/ leading to the repository of `ini`; without one, their words alone."
+    """The Markdown `text` of a page in `folder` (below nbs/) its links to files outside nbs/ leading to the repository.
+
+    Without an address of the repository in `ini`, the words of such a link are left."""
     def link(match):
         path = os.path.normpath(os.path.join("nbs", folder, match[2].partition("#")[0]))
         if re.match(r"\w+:|#", match[2]) or path.startswith("nbs"): return match[0]
@@ -67,16 +70,18 @@ def link_pages(root):
 
 
 def process(root):
-    "Pages of a checkout in its _proc/, as `nbdev-proc-nbs` makes them, but without its attempt to install Quarto with sudo. Returns problems, as sentences."
+    """Makes the pages of a checkout in its _proc/. Returns problems, as sentences.
+
+    As `nbdev-proc-nbs`, but without its attempt to install Quarto with sudo."""
     root = Path(root).absolute()
     os.chdir(root)
     refresh_quarto_yml()
     with mock.patch.object(nbdev.serve, "FilterDefaults", Pages):
         nbdev.serve.proc_nbs(symlinks=True, n_workers=0)  # follows nbs/results
     link_pages(root)
-    pages = (p.relative_to("nbs") for p in sorted(Path("nbs").rglob("*.ipynb")) if ".ipynb_checkpoints" not in p.parts)
-    missing = [f"_proc/{page} was not made: remove _proc and run `make docs` again" for page in pages if not Path("_proc", page).is_file()]
-    return check(root) + missing
+    pages = [p.relative_to("nbs") for pattern in ("*.ipynb", "lib/*.ipynb") for p in sorted(Path("nbs").glob(pattern))]
+    missing = [page for page in pages if not Path("_proc", page).is_file()]
+    return check(root) + [f"_proc/{page} was not made: remove _proc and run `make docs` again" for page in missing]
 
 
 def main():
@@ -87,7 +92,9 @@ def main():
     if shutil.which("quarto"):
         subprocess.run(["nbdev-docs", "--symlinks"], check=True)
         print("site rendered: _docs/index.html")
-    else: print("Quarto is not installed, so nothing was rendered: `pip install quarto-cli` on a machine with a network, then `make docs`")
+    else:
+        print("Quarto is not installed, so nothing was rendered: `pip install quarto-cli` where there is a network, "
+              "then `make docs`")
 
 
 if __name__ == "__main__": main()

@@ -1,6 +1,7 @@
-"""What pyproject.toml and CITATION.cff repeat of settings.ini: `python tools/make_metadata.py` writes it, tests/test_repository.py compares.
+"""What pyproject.toml and CITATION.cff repeat of settings.ini.
 
-nbdev takes the links of the site from `[project.urls]`. An address that is empty in settings.ini is left out everywhere."""
+`python tools/make_metadata.py` writes it, tests/test_repository.py compares. nbdev takes the links of the site from
+`[project.urls]`. An address that is empty in settings.ini is left out everywhere."""
 import configparser
 import re
 from pathlib import Path
