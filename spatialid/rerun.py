@@ -510,7 +510,7 @@ def models_text() -> str:
         lines.append(f"  {name:<18} {config.get('model_type', '?')}, {size}, {text.get('num_hidden_layers')} blocks, width {text.get('hidden_size')}")
         if _card(name): lines += textwrap.wrap("accuracy: " + _card(name), 110, initial_indent=" "*21, subsequent_indent=" "*21)
     checked, versions = _families()
-    lines += ["", "Families, with the checks that hold on small random models (" + (", ".join(map(" ".join, versions.items())) or "tests/families.py has not run here") + "):"]
+    lines += ["", "Families, with the checks that hold on small random models (" + (", ".join(map(" ".join, versions.items())) or "tools/families.py has not run here") + "):"]
     lines += [f"  {f.title:<18} {checked.get(kind, 'not checked')}" + ("" if f.fast else "; sweeps take whole forward passes") for kind, f in FAMILIES.items()]
     lines += ["", "Of the paper, on the Hugging Face Hub:"]
     lines += [f"  {k.alias:<18} {k.id:<42} {FAMILIES[k.family].title}, {k.blocks} blocks, width {k.width}, {k.dtype}" + (" *" if k.note else "") for k in HUB]
