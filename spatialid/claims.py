@@ -112,8 +112,8 @@ def claims(
 ) -> list: # dicts: the entry of claims.json with ours, low, high, n, model, organism, protocol, status
     """Every claim with what was found, by `model` or by the model that the claim's rule names.
 
-    A rule with `named` is about models with that in their name. Status "holds", "does not hold" or "not yet run"; `reason`
-    says why a run gave no number, `model` which model it was."""
+    A rule with `named` is about models with that in their name. Status "holds", "does not hold" or "not yet run";
+    `reason` says why a run gave no number, `model` which model it was."""
     return [_row(claim, model) for claim in register().values()]
 
 def own_claims(
@@ -131,7 +131,8 @@ def _ours(row):
     if row["ours"] is None:
         return row["reason"] or ""
     interval = f" [{_number(row['low'])}, {_number(row['high'])}]" if row["low"] != row["high"] else ""
-    return f"{_number(row['ours'])}{interval}, n = {row['n']:,}, {row['model']}{' (organism)' if row['organism'] else ''}"
+    trained_here = " (organism)" if row["organism"] else ""
+    return f"{_number(row['ours'])}{interval}, n = {row['n']:,}, {row['model']}{trained_here}"
 
 def verdict_of(
     row:dict, # from `claims`

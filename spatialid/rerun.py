@@ -9,7 +9,7 @@ __all__ = ['OPTIONAL', 'SHORT', 'REPRODUCED', 'JSON_KEYS', 'UsageError', 'RunErr
            'figures_of', 'model_page', 'main', 'models_text']
 
 # %% ../nbs/11_rerun.ipynb #46b72622
-import argparse, ast, hashlib, json, logging, os, re, shutil, signal, sys, textwrap, time
+import argparse, ast, hashlib, json, logging, os, re, signal, sys, textwrap, time
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from functools import lru_cache
