@@ -18,7 +18,7 @@ from .results import results_dir, told
 
 # %% ../nbs/lib/claims.ipynb #66232ace
 def notebooks_dir() -> Path:
-    """The folder of the notebooks: `$SPATIALID_NOTEBOOKS`, else `nbs/` of the checkout one is in, else of the package's."""
+    """The folder of the notebooks: `$SPATIALID_NOTEBOOKS`, else `nbs/` of the checkout, else the package's."""
     if os.environ.get("SPATIALID_NOTEBOOKS"): return Path(os.environ["SPATIALID_NOTEBOOKS"]).resolve()
     here = Path.cwd()
     roots = [p for p in (here, *here.parents) if (p/"settings.ini").is_file() and (p/"nbs").is_dir()]
