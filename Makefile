@@ -21,21 +21,23 @@ test: env
 	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist worksteal tests
 
 docs: env
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/make_docs.py
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tools/make_docs.py
 
 bench: env
 	$(BIN)/spatialid run 12_bench
 
 families: env
-	$(BIN)/python tests/families.py
+	$(BIN)/python tools/families.py
 
 # One organism, or several: make organisms NAME="gemma3-tiny llava-tiny-flat". A stopped training goes on with the same command.
 NAME ?= llava-tiny
 organisms: env
 	for name in $(NAME); do $(BIN)/python -m spatialid.organisms train $$name || exit; done
 
-# For authors, after editing notebooks: modules, clean notebooks, README.
+# For authors, after editing notebooks or settings.ini: modules, clean notebooks, metadata, README.
 prepare: env
+	$(BIN)/python tools/make_metadata.py
 	$(BIN)/nbdev-export
 	$(BIN)/nbdev-clean
-	$(BIN)/python tests/make_readme.py
+	$(BIN)/python tools/shrink_exceptions.py
+	$(BIN)/python tools/make_readme.py

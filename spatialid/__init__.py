@@ -1,1 +1,31 @@
+"""Spatial and temporal IDs in vision-language models: activation patching, extraction, steering.
+
+Everything is imported on first use, so that `import spatialid` costs nothing and needs no torch."""
 __version__ = "0.1.0"
+
+_HOME = {
+    "VLM": "hooks", "Query": "hooks", "Run": "hooks",
+    "sweep": "sweeps", "Sweep": "sweeps",
+    "SpatialIDs": "extraction", "extract": "extraction", "stored_ids": "extraction", "subsample": "extraction",
+    "FreeScenes": "data", "GridScenes": "data", "grid_pairs": "data", "Benchmark": "data", "Videos": "data",
+    "GridVideos": "data", "MVBench": "data",
+    "left_right": "mirror_swap", "mirrored": "mirror_swap",
+    "diagnose": "diagnosis",
+    "judge": "claims", "report": "claims",
+}
+__all__ = [*_HOME]
+
+
+def __getattr__(name):
+    "What the library offers, from the module it lives in."
+    if name not in _HOME:
+        raise AttributeError(f"module 'spatialid' has no attribute {name!r}; it has {', '.join(__all__)}")
+    from importlib import import_module
+    if name == "VLM":
+        import_module("spatialid.steering")  # adds `VLM.steer`
+    globals()[name] = value = getattr(import_module(f"spatialid.{_HOME[name]}"), name)
+    return value
+
+
+def __dir__():
+    return [*globals(), *__all__]

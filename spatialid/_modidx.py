@@ -767,6 +767,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'spatialid.rerun.notebooks': ('rerun.html#notebooks', 'spatialid/rerun.py'),
                                  'spatialid.rerun.parameters_of': ('rerun.html#parameters_of', 'spatialid/rerun.py'),
                                  'spatialid.rerun.parse_parameters': ('rerun.html#parse_parameters', 'spatialid/rerun.py'),
+                                 'spatialid.rerun.read_notebook': ('rerun.html#read_notebook', 'spatialid/rerun.py'),
                                  'spatialid.rerun.reproduce': ('rerun.html#reproduce', 'spatialid/rerun.py'),
                                  'spatialid.rerun.run_notebook': ('rerun.html#run_notebook', 'spatialid/rerun.py'),
                                  'spatialid.rerun.runs_dir': ('rerun.html#runs_dir', 'spatialid/rerun.py'),

@@ -18,7 +18,7 @@ from .results import results_dir, told
 
 # %% ../nbs/lib/claims.ipynb #66232ace
 def notebooks_dir() -> Path:
-    """The folder of the notebooks: `$SPATIALID_NOTEBOOKS`, else `nbs/` of the checkout one is in, else of the package's."""
+    """The folder of the notebooks: `$SPATIALID_NOTEBOOKS`, else `nbs/` of the checkout, else the package's."""
     if os.environ.get("SPATIALID_NOTEBOOKS"): return Path(os.environ["SPATIALID_NOTEBOOKS"]).resolve()
     here = Path.cwd()
     roots = [p for p in (here, *here.parents) if (p/"settings.ini").is_file() and (p/"nbs").is_dir()]
@@ -112,8 +112,8 @@ def claims(
 ) -> list: # dicts: the entry of claims.json with ours, low, high, n, model, organism, protocol, status
     """Every claim with what was found, by `model` or by the model that the claim's rule names.
 
-    A rule with `named` is about models with that in their name. Status "holds", "does not hold" or "not yet run"; `reason`
-    says why a run gave no number, `model` which model it was."""
+    A rule with `named` is about models with that in their name. Status "holds", "does not hold" or "not yet run";
+    `reason` says why a run gave no number, `model` which model it was."""
     return [_row(claim, model) for claim in register().values()]
 
 def own_claims(
@@ -131,7 +131,8 @@ def _ours(row):
     if row["ours"] is None:
         return row["reason"] or ""
     interval = f" [{_number(row['low'])}, {_number(row['high'])}]" if row["low"] != row["high"] else ""
-    return f"{_number(row['ours'])}{interval}, n = {row['n']:,}, {row['model']}{' (organism)' if row['organism'] else ''}"
+    trained_here = " (organism)" if row["organism"] else ""
+    return f"{_number(row['ours'])}{interval}, n = {row['n']:,}, {row['model']}{trained_here}"
 
 def verdict_of(
     row:dict, # from `claims`

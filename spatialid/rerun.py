@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['OPTIONAL', 'SHORT', 'REPRODUCED', 'JSON_KEYS', 'UsageError', 'RunError', 'notebooks', 'find_notebook',
-           'parameters_of', 'check_model', 'parse_parameters', 'runs_dir', 'run_notebook', 'weight_digest',
-           'fingerprint', 'medium_of', 'experiments', 'is_done', 'end_with_parent', 'reproduce', 'figures_of',
-           'model_page', 'main', 'models_text']
+           'read_notebook', 'parameters_of', 'check_model', 'parse_parameters', 'runs_dir', 'run_notebook',
+           'weight_digest', 'fingerprint', 'medium_of', 'experiments', 'is_done', 'end_with_parent', 'reproduce',
+           'figures_of', 'model_page', 'main', 'models_text']
 
 # %% ../nbs/11_rerun.ipynb #46b72622
-import argparse, ast, hashlib, json, logging, os, re, shutil, signal, sys, textwrap, time
+import argparse, ast, hashlib, json, logging, os, re, signal, sys, textwrap, time
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from functools import lru_cache
@@ -18,8 +18,7 @@ from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
 from threading import RLock, Thread
 
-import nbformat
-
+from . import _HOME
 from .claims import claims, claims_markdown, claims_table, claims_text, notebooks_dir, verdict_of
 from .results import FLAGSHIP, bundled, results_dir, results_root, write_bytes, write_json
 
@@ -48,11 +47,18 @@ def find_notebook(
     problem = f"{which} is shared by {' and '.join(hits)}, give the name" if hits else f"no notebook {which!r}; there are {', '.join(found)}"
     raise UsageError(problem)
 
+def read_notebook(
+    path:Path, # a notebook
+):
+    """The notebook as nbformat has it, version 4."""
+    import nbformat  # here, for the command line to answer at once: it takes two seconds
+    return nbformat.read(path, 4)
+
 def parameters_of(
     path:Path, # a notebook
 ) -> dict: # name -> default; empty if the notebook has no parameters
     """The assignments of the cell tagged `parameters`; a default that is not a literal is given as its source."""
-    cells = [c for c in nbformat.read(path, 4).cells if "parameters" in c.metadata.get("tags", ())]
+    cells = [c for c in read_notebook(path).cells if "parameters" in c.metadata.get("tags", ())]
     def literal(node):
         try: return ast.literal_eval(node)
         except ValueError: return ast.unparse(node)
@@ -117,7 +123,7 @@ def runs_dir(
 # %% ../nbs/11_rerun.ipynb #bad8e75c
 def _failure(path, error):
     "What a reader needs to know of a failed cell: which, the line that failed and two before it (or the first lines), and the cause."
-    sources = [c.source for c in nbformat.read(path, 4).cells]
+    sources = [c.source for c in read_notebook(path).cells]
     where = f"cell {sources.index(error.source) + 1} of {len(sources)}" if error.source in sources else "the injected parameters"
     lines, arrow = error.source.splitlines(), re.search(r"^-+> *(\d+) ", re.sub(r"\x1b\[[\d;]*m", "", "\n".join(error.traceback)), re.M)  # in the first frame, which is the cell
     shown = lines[max(0, int(arrow[1]) - 3):int(arrow[1])] if arrow else lines[:4]
@@ -136,7 +142,7 @@ def run_notebook(
     if model: params["model"] = model
     out = runs_dir(params.get("model") or parameters_of(path).get("model"))/path.name
     write_bytes(out, b"")  # a folder that cannot be written is found now, not after the hours of work
-    nb = nbformat.read(path, 4)
+    nb = read_notebook(path)
     nb.cells = [c for c in nb.cells if not re.search(r"^#\|\s*eval:\s*false", c.source, re.M | re.I)]
     os.environ["SPATIALID_RESULTS"] = str(results_root().absolute())  # the kernel starts in another folder
     if params.get("quick"): os.environ["SPATIALID_QUICK"] = "1"  # what it writes does not replace what a full run wrote
@@ -154,7 +160,8 @@ def _imports(code):
     "Modules of this library that `code` imports."
     direct = re.findall(r"^\s*(?:from|import)\s+(?:spatialid)?\.(\w+)", code, re.M)  # nbdev writes `from .results import …` in modules
     listed = ",".join(re.findall(r"^\s*from\s+spatialid\s+import\s+([\w ,]+)", code, re.M)).split(",")
-    return {*direct, *(n.split()[0] for n in listed if n.strip())}
+    names = [n.split()[0] for n in listed if n.strip()]
+    return {*direct, *(_HOME.get(n, n) for n in names)}  # `from spatialid import VLM` depends on hooks
 
 def _modules(code):
     "Source files of the library that `code` depends on, directly or through each other."
@@ -200,7 +207,7 @@ def fingerprint(
     quick:bool=False, # in its short form
 ) -> str:
     """A hash of everything that decides what the notebook computes for the model, at its default parameters or in its short form."""
-    code = "\n\n".join(c.source for c in nbformat.read(path, 4).cells if c.cell_type == "code")
+    code = "\n\n".join(c.source for c in read_notebook(path).cells if c.cell_type == "code")
     parts = [path.stem, code, model, weight_digest(model), _modules(code), *(["quick"] if quick else [])]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
@@ -357,7 +364,7 @@ def figures_of(
 ) -> dict: # name, without .png -> the heading it stands under
     """The figures that a notebook saves for its model, in order."""
     found, heading = {}, path.stem
-    for cell in nbformat.read(path, 4).cells:
+    for cell in read_notebook(path).cells:
         if cell.cell_type == "markdown": heading = [heading, *re.findall(r"^#+ (.+)$", cell.source, re.M)][-1]
         else: found |= {name: heading for name in re.findall(r'save_figure\(.*?, model, "([\w-]+)"\)', cell.source) if name not in found}
     return found
@@ -503,7 +510,7 @@ def models_text() -> str:
         lines.append(f"  {name:<18} {config.get('model_type', '?')}, {size}, {text.get('num_hidden_layers')} blocks, width {text.get('hidden_size')}")
         if _card(name): lines += textwrap.wrap("accuracy: " + _card(name), 110, initial_indent=" "*21, subsequent_indent=" "*21)
     checked, versions = _families()
-    lines += ["", "Families, with the checks that hold on small random models (" + (", ".join(map(" ".join, versions.items())) or "tests/families.py has not run here") + "):"]
+    lines += ["", "Families, with the checks that hold on small random models (" + (", ".join(map(" ".join, versions.items())) or "tools/families.py has not run here") + "):"]
     lines += [f"  {f.title:<18} {checked.get(kind, 'not checked')}" + ("" if f.fast else "; sweeps take whole forward passes") for kind, f in FAMILIES.items()]
     lines += ["", "Of the paper, on the Hugging Face Hub:"]
     lines += [f"  {k.alias:<18} {k.id:<42} {FAMILIES[k.family].title}, {k.blocks} blocks, width {k.width}, {k.dtype}" + (" *" if k.note else "") for k in HUB]

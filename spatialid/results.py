@@ -14,10 +14,7 @@ from importlib import metadata
 from io import BytesIO
 from pathlib import Path
 
-import matplotlib as mpl
 import numpy as np
-from cycler import cycler
-from scipy.stats import t as student
 
 # %% ../nbs/00_results.ipynb #54acd8fa
 def results_root() -> Path:
@@ -140,6 +137,7 @@ def over_seeds(
     values, # one for each seed
 ) -> dict: # value, low, high, n
     "Mean with Student's 95 % interval. ValueError for a single value."
+    from scipy.stats import t as student  # here, for the command line to answer at once
     v = np.asarray(values, dtype=float)
     if len(v) < 2: raise ValueError("an interval over seeds needs at least two of them")
     half = student.ppf(.975, len(v) - 1) * v.std(ddof=1) / np.sqrt(len(v))
@@ -221,8 +219,9 @@ OKABE_ITO = ["#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "
 
 def style():
     """A context in which figures have the project's look: `with style(): fig, ax = plt.subplots()`. Colours: Okabe and Ito (2008)."""
+    import matplotlib as mpl  # here, for the command line to answer at once
     return mpl.rc_context({
-        "axes.prop_cycle": cycler(color=OKABE_ITO), "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
+        "axes.prop_cycle": mpl.cycler(color=OKABE_ITO), "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
         "grid.alpha": .25, "grid.linewidth": .6, "font.size": 10, "axes.titlesize": 11, "axes.titlelocation": "left", "axes.labelsize": 10,
         "xtick.labelsize": 9, "ytick.labelsize": 9, "legend.fontsize": 9, "legend.frameon": False, "legend.handlelength": 3, "lines.linewidth": 1.8,
         "figure.dpi": 90, "savefig.dpi": 90, "figure.figsize": (6.4, 3.8), "figure.constrained_layout.use": True})

@@ -1,7 +1,8 @@
 "Shared by all tests: one thread, no network, results in a temporary folder unless a test says otherwise."
 import os
 
-os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", MPLBACKEND="Agg")
+os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false",
+                  MPLBACKEND="Agg")
 
 import pytest
 

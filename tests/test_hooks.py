@@ -337,7 +337,7 @@ def test_belief_measures(exact):
 
 
 # Families -----------------------------------------------------------------------------------------------------------------------------
-# What holds for every family is the parity matrix, in `families.py`; here is what is particular.
+# What holds for every family is the parity matrix, in `tools/families.py`; here is what is particular.
 
 def film(*seeds, template=LR, px=20):
     frames = [Image.fromarray(np.random.default_rng(s).integers(0, 255, (px, px, 3), dtype=np.uint8)) for s in seeds]

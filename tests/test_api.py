@@ -1,0 +1,54 @@
+"What `import spatialid` offers, and what it costs."
+import resource
+import subprocess
+import sys
+
+import pytest
+
+import spatialid
+
+HEAVY = ("torch", "transformers", "matplotlib", "scipy", "nbformat", "PIL")
+
+
+def loaded_by(code):
+    "The heavy packages that a fresh interpreter has loaded after `code`, and its CPU seconds."
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    after_code = f"{code}; import sys; print(*(n for n in {HEAVY} if n in sys.modules), file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", after_code], capture_output=True, text=True, check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return done.stderr.split(), after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def test_the_import_is_light():
+    "A tenth of a second is asked for; what costs more is not loaded."
+    heavy, _ = loaded_by("import spatialid")
+    assert heavy == []
+    seconds = "import time; t = time.process_time(); import spatialid; assert time.process_time() - t < .1"
+    loaded_by(seconds)
+
+
+def test_help_comes_at_once():
+    "Half a second is asked for."
+    code = "from spatialid.rerun import main\ntry: main(['--help'])\nexcept SystemExit: pass\npass"
+    heavy, seconds = loaded_by(code)
+    assert heavy == []
+    assert min([seconds, *(loaded_by(code)[1] for _ in range(2))]) < .5
+
+
+def test_every_name_is_found_where_it_lives():
+    for name in spatialid.__all__:
+        value = getattr(spatialid, name)
+        assert value.__module__.startswith("spatialid.") and value.__name__ == name and name in dir(spatialid)
+    assert spatialid.VLM.steer, "steering comes with VLM, without another import"
+
+
+def test_an_unknown_name_says_which_there_are():
+    with pytest.raises(AttributeError, match="no attribute 'vlm'; it has VLM, Query"): spatialid.vlm
+    with pytest.raises(ImportError): exec("from spatialid import nothing")
+
+
+def test_a_notebook_depends_on_what_it_imports_from_the_package():
+    "What `reproduce` looks at to tell whether a notebook is done."
+    from spatialid.rerun import _modules
+    assert _modules("from spatialid import SpatialIDs, data as d").keys() >= {"extraction.py", "data.py", "hooks.py"}
+    assert "hooks.py" not in _modules("from spatialid import judge")
