@@ -32,6 +32,7 @@ from transformers.video_utils import VideoMetadata
 from transformers.utils import logging
 
 from .adapters import AdapterError, adapter_of, identity, load_adapted, pretrained, source_of, unwrapped
+from .pictures import as_seen
 from .results import bundled
 
 # %% ../nbs/00_hooks.ipynb #311ce89b
@@ -293,7 +294,7 @@ class Frames(ImageProcessingMixin):
         one = _patches if hasattr(prepare, "temporal_patch_size") else _stack
         if one is _stack and len({*lengths}) > 1:
             raise ValueError(f"the videos of a batch have {min(lengths)} to {max(lengths)} frames: with {family.title} run those of one length together")
-        parts = [one(prepare, [frame.convert("RGB") for frame in video], family) for video in videos]
+        parts = [one(prepare, [as_seen(frame) for frame in video], family) for video in videos]
         meta = [VideoMetadata(n, fps=self.rate or family.rate, frames_indices=list(range(n))) for n in lengths]
         return {key: torch.cat([part[key] for part in parts]) for key in parts[0]} | {"video_metadata": meta}
 
@@ -397,7 +398,7 @@ def encode(self:VLM,
     if len(media) > 1 and self.family.cross:
         raise ValueError(f"{self.family.title} reads a text otherwise when a picture is beside it in the batch: run queries with and without one apart")
     layouts, seen = [self.layout(q) for q in queries], {}
-    if "image" in media: seen["images"] = [[] if q.image is None else [q.image.convert("RGB")] for q in queries]
+    if "image" in media: seen["images"] = [[] if q.image is None else [as_seen(q.image)] for q in queries]
     if "video" in media: seen["videos"] = [q.image for q in queries if q.image is not None]
     batch = self.processor(text=[l.prompt for l in layouts], **seen, return_tensors="pt", padding=True, padding_side="left",
                            add_special_tokens=layouts[0].special)

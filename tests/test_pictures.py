@@ -6,8 +6,10 @@ import pytest
 from PIL import Image
 
 from spatialid.data import Objects, background, read_video, write_video
+from spatialid.hooks import VLM, Query
 from spatialid.mirror_swap import recolour
 from spatialid.pictures import as_seen, upright
+from tiny import tiny_llava
 
 WHITE, RED, BLUE = (255, 255, 255), (255, 0, 0), (0, 0, 255)
 
@@ -89,3 +91,15 @@ def test_folders_of_pictures_show_what_a_viewer_shows(tmp_path):
 def test_recolouring_does_not_show_a_hidden_colour():
     hidden = Image.new("RGBA", (4, 4), (*RED, 0))
     assert recolour(hidden, np.random.default_rng(0)).getpixel((0, 0)) == WHITE
+
+
+def test_a_model_is_given_what_a_viewer_shows():
+    "A lying photograph gives the logits of the one that stands."
+    seen = Image.new("RGB", (32, 16), RED)
+    seen.paste(BLUE, (16, 0, 32, 16))
+    exif = Image.Exif()
+    exif[274] = 6
+    lying = reopened(seen.transpose(Image.Transpose.ROTATE_90), "PNG", exif=exif)
+    vlm = VLM(*tiny_llava())
+    logits = lambda image: vlm.run(Query(image, "Is it red?", {}, ("yes", "no"))).logits
+    assert (logits(lying) == logits(seen)).all()
