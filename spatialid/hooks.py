@@ -936,3 +936,19 @@ def weight_hash(self:VLM) -> str:
             digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
         self._hash = digest.hexdigest()
     return self._hash
+
+# %% ../nbs/00_hooks.ipynb #98cf5371
+@patch
+def steer(self:VLM,
+    query, # a `Query` or several: the prompts to steer
+    pushes:dict, # {group: push}: a vector, one for each layer as from `ids.step`, or a tuple (to, from) of those
+    layer:int, # 1 to N: the push is added to the residual stream after that many blocks
+    scale:float=1.0, # how many times; α where a rule rescales to the norm of the word
+    rule:str="raw", # "raw", the vector as it is; "diff_norm" or "each_norm", Alg. 2 of the paper and of its code
+):
+    """Move words inside the `with`, wherever a prompt is read: `run`, `generate` (while reading), any call of the model.
+
+    Begin with one step at the layer where words hold places (notebook 03 names it): too large a dose turns answers as
+    noise does, and the paper's rule with α = 5 is such a dose on `llava-smol`. ValueError for other prompts."""
+    from spatialid.steering import steering  # which needs this module
+    return steering(self, query, pushes, layer, scale, rule)

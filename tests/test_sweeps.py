@@ -8,7 +8,6 @@ import torch
 from PIL import Image
 from tiny import tiny, tiny_llava
 
-import spatialid.steering # VLM.steer  # noqa: F401 (adds VLM.steer)
 from spatialid.hooks import VLM, Query
 from spatialid.sweeps import Batch, Shift, Sweep, add, first_affected, in_float64, sweep
 
