@@ -263,6 +263,7 @@ def test_opposing_pushes_oppose_the_belief():
     assert frm.tolist() == [[[0, 0], [3, 0]], [[3, 0], [0, 0]], [[0, 3], [0, 0]]] and np.array_equal(to, frm[:, ::-1])
 
 
+@pytest.mark.slow
 def test_questions_have_one_wording_and_order_and_their_own_pictures(tmp_path):
     scenes = FreeScenes(1000, seed="test", px=32)
     found = st.questions(scenes, 6)

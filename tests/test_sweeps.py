@@ -102,6 +102,7 @@ def test_little_memory_gives_the_same_in_more_pieces(llava, monkeypatch):
     assert len(calls) - whole > 10 * whole and largest(one, many) < 1e-12
 
 
+@pytest.mark.slow
 def test_more_queries_do_not_need_more_memory(llava):
     "The number of live numbers after a sweep's pieces does not grow: nothing of one piece survives into the next."
     def peak(n):
