@@ -35,6 +35,7 @@ from huggingface_hub.constants import HF_HOME
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from .hooks import Query
+from .pictures import as_seen, upright
 from .results import rng, write_bytes, write_json
 
 # %% ../nbs/01_data.ipynb #f349a068
@@ -114,7 +115,7 @@ def own_colour(name:str) -> str:
 def _files(folder, *endings):
     "Sorted files of a folder with one of these endings; a clear error where there is none."
     if not Path(folder).is_dir(): raise FileNotFoundError(f"no folder {str(folder)!r}: give a folder that holds {' or '.join(endings)} files")
-    found = sorted(p for p in Path(folder).iterdir() if p.suffix.lower() in endings)
+    found = sorted(p for p in Path(folder).iterdir() if p.suffix.lower() in endings and not p.name.startswith("."))
     if not found: raise FileNotFoundError(f"the folder {str(folder)!r} holds no {' or '.join(endings)} file")
     return found
 
@@ -122,7 +123,7 @@ def _files(folder, *endings):
 def _render(folder, name, px):
     "An RGBA render cropped to its alpha and resized."
     path = next(p for p in _files(folder, ".png") if p.stem.replace("_", " ") == name)
-    im = Image.open(path)
+    im = upright(Image.open(path))
     if "A" not in im.getbands() and "transparency" not in im.info:
         raise ValueError(f"{str(path)!r} has no alpha channel: renders must be RGBA with a transparent background")
     im = im.convert("RGBA")
@@ -173,7 +174,7 @@ def noise_background(px:int, # side, pixels
 @lru_cache(maxsize=64)
 def _photo(path, px):
     "A photograph cropped to its central square."
-    im = Image.open(path).convert("RGB")
+    im = as_seen(Image.open(path))
     s = min(im.size)
     l, t = (im.width - s) // 2, (im.height - s) // 2
     return np.asarray(im.crop((l, t, l + s, t + s)).resize((px, px), Image.Resampling.LANCZOS), np.float32)
@@ -537,9 +538,9 @@ class Row:
     @property
     def kind(self) -> str: return "left_right" if self.truth in ("left", "right") else "above_below"
     def image(self) -> Image.Image:
-        "The photograph, always RGB (COCO has grey ones). Raises FileNotFoundError with its path."
+        "The photograph as a viewer shows it, RGB (COCO has grey ones). Raises FileNotFoundError with its path."
         if not self.path.is_file(): raise FileNotFoundError(f"row {self.index} needs {str(self.path)!r}, which is not there: download COCO val2017, or write the benchmark again")
-        with Image.open(self.path) as im: return im.convert("RGB")
+        with Image.open(self.path) as im: return as_seen(im)
     def query(self, template:str|None=None) -> Query:
         "The question with its image; `template` marks {subject} and {object}."
         return Query(self.image(), template or (LEFT_RIGHT if self.kind == "left_right" else ABOVE_BELOW), dict(subject=self.subject, object=self.object),
@@ -577,13 +578,24 @@ class Benchmark:
 
     def boxes(self, row:Row) -> tuple:
         "See `Row.boxes`. Raises ValueError where no pair of boxes satisfies the relation."
-        of = lambda name: [a["bbox"] for a in self.coco.loadAnns(self.coco.getAnnIds(imgIds=row.image_id, catIds=[c["id"] for c in self.coco.dataset["categories"] if c["name"].lower() == name]))]
+        (subjects, dropped), (objects, also) = (self._boxes_of(row.image_id, name) for name in (row.subject, row.object))
         axis, sign = int(row.kind == "above_below"), 1 if row.truth in ("right", "below") else -1
         centre = lambda b: b[axis] + b[axis + 2] / 2
-        pairs = [(sign * (centre(s) - centre(o)), s, o) for s in of(row.subject) for o in of(row.object)]
+        pairs = [(sign * (centre(s) - centre(o)), s, o) for s in subjects for o in objects]
         best = max(pairs, default=(0, None, None), key=lambda p: p[0])
-        if best[0] <= 0: raise ValueError(f"row {row.index}: no boxes of {row.subject!r} and {row.object!r} in image {row.image_id} stand as its caption says")
+        if best[0] <= 0: raise ValueError(f"row {row.index}: no boxes of {row.subject!r} and {row.object!r} in image {row.image_id} stand as its caption says{_left_out(dropped + also)}")
         return best[1], best[2]
+
+    def _boxes_of(self, image_id, name) -> tuple: # boxes, and how many were left out
+        "Boxes of single objects of a category: no crowds, nothing without an area."
+        kinds = [c["id"] for c in self.coco.dataset["categories"] if c["name"].lower() == name]
+        found = self.coco.loadAnns(self.coco.getAnnIds(imgIds=image_id, catIds=kinds))
+        boxes = [a["bbox"] for a in found if not a.get("iscrowd") and min(a["bbox"][2:]) > 0]
+        return boxes, len(found) - len(boxes)
+
+def _left_out(n):
+    "What to say of boxes that cannot be used."
+    return f" ({n} left out: a crowd, or a box without an area)" if n else ""
 
 # %% ../nbs/01_data.ipynb #d0c6ca57
 BEFORE_AFTER = "Does the {subject} appear before or after the {object}?"
@@ -747,7 +759,7 @@ def write_video(path:str|Path, # .mp4
                 fps:float=2., # frames a second
                 ) -> Path:
     "Write frames as an H.264 mp4. Odd sides grow by one pixel (the edge, repeated). ValueError for no frames, frames of several sizes, or no rate."
-    frames = [f.convert("RGB") for f in frames]
+    frames = [as_seen(f) for f in frames]
     sizes = sorted({f.size for f in frames})
     if len(sizes) != 1: raise ValueError(f"a video needs frames of one size, not {len(frames)} frames of sizes {sizes}: resize them to the same size first")
     if not fps > 0: raise ValueError(f"fps must be above 0 frames a second, not {fps}")

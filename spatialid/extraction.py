@@ -667,7 +667,8 @@ def extract(
         if checkpoint and state and whole:
             write_checkpoint(checkpoint, state, stamp)
         again = f"the same call goes on from {checkpoint}" if checkpoint else "nothing was kept: give checkpoint=… to be able to go on"
-        raise KeyboardInterrupt(f"extraction stopped after {bar.n:,} of {len(scenes):,} images; {again}") from None
+        kept = int(state["done"]) if state else 0
+        raise KeyboardInterrupt(f"extraction stopped after {kept:,} of {len(scenes):,} images; {again}") from None
     finally:
         bar.close()
     if checkpoint:

@@ -31,6 +31,7 @@ from transformers import Trainer
 from .data import Benchmark, GridScenes
 from .extraction import SpatialIDs
 from .hooks import VLM, Query
+from .pictures import as_seen
 from .rerun import end_with_parent
 from .results import over_seeds, results_dir, rng, write_bytes, write_json
 from .steering import TEMPLATES, at_place
@@ -80,7 +81,7 @@ class Stored:
 
     def image(self) -> Image.Image:
         "The picture, RGB."
-        with Image.open(self.path) as im: return im.convert("RGB")
+        with Image.open(self.path) as im: return as_seen(im)
 
 def read_pictures(
     folder, # of `{obj1}_{x1}-{y1}_{obj2}_{x2}-{y2}.png`

@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['GROUPS', 'BUNDLED', 'HUB', 'FAMILIES', 'STAND_IN', 'fill', 'Query', 'locate', 'Checkpoint', 'find_checkpoint',
-           'Family', 'find_family', 'VLM', 'Frames', 'without_torchvision', 'Layout', 'Run']
+           'Family', 'find_family', 'Turn', 'Eager', 'VLM', 'Frames', 'without_torchvision', 'Layout', 'Run', 'Inside',
+           'Prompts']
 
 # %% ../nbs/00_hooks.ipynb #c205cba9
-import hashlib, inspect, re
+import hashlib, inspect, re, threading
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib.resources import files
-from itertools import accumulate
+from itertools import accumulate, count
 from numbers import Integral
 from pathlib import Path
 from string import Formatter
@@ -31,6 +32,7 @@ from transformers.video_utils import VideoMetadata
 from transformers.utils import logging
 
 from .adapters import AdapterError, adapter_of, identity, load_adapted, pretrained, source_of, unwrapped
+from .pictures import as_seen
 from .results import bundled
 
 # %% ../nbs/00_hooks.ipynb #311ce89b
@@ -203,6 +205,30 @@ def find_family(
     known = "; ".join(f"{kind} with its blocks at {f.text}.layers" for kind, f in FAMILIES.items())
     raise ValueError(f"{name} is of model type '{config.model_type}', none of the families known here ({known}): add an entry to FAMILIES")
 
+# %% ../nbs/00_hooks.ipynb #a1f0c001
+class Turn:
+    "Whose turn it is with a model: a lock around runs, and what each thread runs. Copies begin anew."
+    def __init__(self): self.lock, self.here = threading.RLock(), threading.local()
+    def __reduce__(self): return Turn, ()
+
+    @property
+    def queries(self): return getattr(self.here, "queries", None) # of the forward pass of `run` in this thread
+
+
+class Eager:
+    "A context in which compiled modules run as they are written: compiled code skips hooks that came after it."
+    lock, inside, stance = threading.Lock(), 0, None
+
+    def __enter__(self):
+        with self.lock:
+            if Eager.inside == 0: Eager.stance = torch.compiler.set_stance("force_eager")
+            Eager.inside += 1
+
+    def __exit__(self, *error):
+        with self.lock:
+            Eager.inside -= 1
+            if Eager.inside == 0: Eager.stance.__exit__(None, None, None)
+
 # %% ../nbs/00_hooks.ipynb #ecc91982
 class VLM:
     "A Hugging Face vision-language model and its processor behind one face. Raises ValueError for an unknown architecture."
@@ -214,7 +240,7 @@ class VLM:
         revision:str|None=None, # commit on the Hub
         folder:Path|None=None, # where its safetensors are
     ):
-        self.model, self.processor, self.tokenizer = (model := unwrapped(model)).eval(), processor, processor.tokenizer
+        self.model, self.processor = (model := unwrapped(model)), processor
         self.name, self.organism, self.revision, self.folder = name, organism, revision, folder
         self.family, text = find_family(model.config, name), model.config.get_text_config()
         self.n_layers, self.width = text.num_hidden_layers, text.hidden_size
@@ -229,7 +255,10 @@ class VLM:
         self.keep_last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
         if isinstance(frames := getattr(processor, "video_processor", None), Frames): frames.family = model.config.model_type
         if self.tokenizer.pad_token is None: self.tokenizer.pad_token = self.tokenizer.eos_token
-        self._edits, self._known, self._hash = [], {}, None
+        self._edits, self._known, self._hash, self._turn = [], {}, None, Turn()
+
+    @property
+    def tokenizer(self): return self.processor.tokenizer
 
     @property
     def device(self): return self.model.get_input_embeddings().weight.device
@@ -265,7 +294,7 @@ class Frames(ImageProcessingMixin):
         one = _patches if hasattr(prepare, "temporal_patch_size") else _stack
         if one is _stack and len({*lengths}) > 1:
             raise ValueError(f"the videos of a batch have {min(lengths)} to {max(lengths)} frames: with {family.title} run those of one length together")
-        parts = [one(prepare, [frame.convert("RGB") for frame in video], family) for video in videos]
+        parts = [one(prepare, [as_seen(frame) for frame in video], family) for video in videos]
         meta = [VideoMetadata(n, fps=self.rate or family.rate, frames_indices=list(range(n))) for n in lengths]
         return {key: torch.cat([part[key] for part in parts]) for key in parts[0]} | {"video_metadata": meta}
 
@@ -369,7 +398,7 @@ def encode(self:VLM,
     if len(media) > 1 and self.family.cross:
         raise ValueError(f"{self.family.title} reads a text otherwise when a picture is beside it in the batch: run queries with and without one apart")
     layouts, seen = [self.layout(q) for q in queries], {}
-    if "image" in media: seen["images"] = [[] if q.image is None else [q.image.convert("RGB")] for q in queries]
+    if "image" in media: seen["images"] = [[] if q.image is None else [as_seen(q.image)] for q in queries]
     if "video" in media: seen["videos"] = [q.image for q in queries if q.image is not None]
     batch = self.processor(text=[l.prompt for l in layouts], **seen, return_tensors="pt", padding=True, padding_side="left",
                            add_special_tokens=layouts[0].special)
@@ -398,19 +427,25 @@ def _medium(self:VLM, query):
 @patch
 def _rows(self:VLM, query, group, ids):
     "Token positions of a group among the unpadded `ids` of a query."
-    if callable(group): return self._rows(query, group(query), ids)
-    if not isinstance(group, (str, Integral)): return [row for g in group for row in self._rows(query, g, ids)]
-    n, layout = len(ids), self.layout(query)
+    if callable(group) and query: return self._rows(query, group(query), ids)
+    if not isinstance(group, (str, Integral)) and not callable(group):
+        return [row for g in group for row in self._rows(query, g, ids)]
+    n, text = len(ids), query.text if query else "a prompt"
     if isinstance(group, Integral):
-        if not -n <= group < n: raise ValueError(f"position {group} is outside the {n} tokens of '{query.text}'")
+        if not -n <= group < n: raise ValueError(f"position {group} is outside the {n} tokens of '{text}'")
         return [group % n]
     if group in ("all", "last"): return list(range(n)) if group == "all" else [n - 1]
     if group in ("image", "video", "text"):
         image = torch.isin(ids, torch.tensor(self.image_ids))
-        if group != "text" and not image.any(): raise ValueError(f"'{query.text}' is asked without a picture, so it has no group '{group}'")
+        if group != "text" and not image.any():
+            raise ValueError(f"'{text}' is asked without a picture, so it has no group '{group}'")
         first = int(image.int().argmax()) if image.any() else int(ids[0] == self.tokenizer.bos_token_id)
         if self.family.cross and image.any(): return list(range(n) if group == "text" else range(n, n + self.cross_rows))
         return [i for i, seen in enumerate(image.tolist()) if i >= first and seen == (group != "text")]
+    if query is None:
+        raise ValueError(f"a call of the model does not say where the group {group!r} is: "
+                         "patch(edits, queries), or ask with run")
+    layout = self.layout(query)
     if group == "objects":
         marks = sorted((m for m in layout.rows if re.fullmatch(r"subject|object\d*", m)), key=lambda m: (m != "subject", m))
         rows = [row for mark in marks for row in layout.rows[mark]]
@@ -473,7 +508,9 @@ def answer_ids(self:VLM, query:Query) -> list: # [[id, ...], ...]
 def _hook(rows, edits, kept, layer, cross=None):
     """A pre-hook for the module that receives a layer: applies `edits` [(rows, new)] to the residual stream, then keeps its `rows`; rows are (B, P).
     With `cross`, a dict shared by the hooks of one pass, the cross-attention states count as rows behind the last token."""
+    thread = threading.get_ident()
     def hook(module, args, kwargs):
+        if threading.get_ident() != thread: return None # a call of the model beside this one
         h, n = args[0], args[0].shape[1]
         if cross is not None:
             states = cross.get("states", kwargs.get("cross_attention_states"))
@@ -535,6 +572,28 @@ def beliefs(self:Run) -> list: # of B words
     "The likeliest answer of each query."
     return [words[i] for words, i in zip(self.answers, self.log_probs.argmax(-1).tolist())]
 
+# %% ../nbs/00_hooks.ipynb #a1f0c002
+@dataclass(eq=False)
+class Inside:
+    "A `with` that changes what a model does."
+    what: str # "patch" or "steer"
+    edits: dict # {layer: (group, new)} that `run` makes
+    thread: int = field(default_factory=threading.get_ident)
+
+@patch
+@contextmanager
+def _alone(self:VLM):
+    "Inside, nothing drops out or is compiled and other threads wait. Raises ValueError in a thread beside a patch."
+    with self._turn.lock, Eager():
+        if other := next((i for i in self._edits if i.thread != threading.get_ident()), None):
+            raise ValueError(f"another thread is inside {self.name}.{other.what}(...), which would change this run "
+                             "too: run there, or load the model once for each thread")
+        training = [module for module in self.model.modules() if module.training]
+        for module in training: module.training = False
+        try: yield
+        finally:
+            for module in training: module.training = True
+
 # %% ../nbs/00_hooks.ipynb #f4d26946
 @patch
 def _receivers(self:VLM, layers, picture):
@@ -555,16 +614,18 @@ def _batch(self:VLM, queries, start, total, layers, groups):
         return (torch.tensor(rows) + torch.tensor(pad)[:, None]).to(self.device)
     found = {group: find(group) for group in groups} if layers else {}
     rows = torch.cat([*found.values()], 1) if found else None
-    for layer, (group, new) in (item for edit in self._edits for item in edit.items()):
+    for layer, (group, new) in (item for inside in self._edits for item in inside.edits.items()):
         where = find(group)
         edits.setdefault(layer, []).append((where, self._new(new, layer, group, where.shape, start, total)))
     receivers, cross = self._receivers({*layers, *edits}, "pixel_values" in batch)
     hooks = [module.register_forward_pre_hook(_hook(rows if l in layers else None, edits.get(l, ()), kept, l, cross), with_kwargs=True)
              for l, module in receivers.items()]
+    before, self._turn.here.queries = self._turn.queries, queries
     try:
         with torch.inference_mode():
             logits = self.model(**batch.to(self.device, self.model.dtype), use_cache=False, **self.keep_last).logits[:, -1]
     finally:
+        self._turn.here.queries = before
         for hook in hooks: hook.remove()
     kept["logits"] = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if found: kept["rows"] = rows - torch.tensor(pad, device=self.device)[:, None]
@@ -586,7 +647,7 @@ def run(self:VLM,
     if not queries: raise ValueError("there are no queries to run: give at least one")
     total, out, first = len(queries), {}, None
     for start in range(0, total, batch_size):
-        kept, sizes = self._batch(queries[start:start + batch_size], start, total, layers, groups)
+        with self._alone(): kept, sizes = self._batch(queries[start:start + batch_size], start, total, layers, groups)
         first = first or sizes
         if sizes != first:
             raise ValueError(f"the groups have {first} tokens in some queries and {sizes} in others: run those of one length together, or ask for single words")
@@ -630,19 +691,157 @@ def _new(self:VLM, new, layer, group, shape, start, total):
                          f"that broadcast to it, not {' x '.join(map(str, new.shape))}") from e
     return new
 
+# %% ../nbs/00_hooks.ipynb #a1f0c003
+_marks = count() # of caches whose prompts were read inside a `with`
+
+def _pads(mask, n):
+    "Padding in front of each of n prompts. In 4-D masks, as for static caches, each real token sees itself."
+    if isinstance(mask, dict): mask = mask.get("full_attention", next(iter(mask.values())))
+    if mask is None: return [0] * n
+    real = mask if mask.ndim == 2 else mask.diagonal(dim1=-2, dim2=-1)[:, 0]
+    real = real >= 0 if mask.ndim == 4 and mask.is_floating_point() else real.bool()
+    return real.int().argmax(1).expand(n).tolist()
+
+
+class Prompts:
+    "Finds the rows of groups in any call of a model, by the queries whose prompts it reads or by its tokens alone."
+    def __init__(self,
+        vlm:VLM,
+        queries, # the prompts that calls may have; none: any prompt, for groups that are no words
+        groups, # of positions
+        what:str, # for messages: "patch" or "steer"
+    ):
+        self.vlm, self.groups, self.what = vlm, [*groups], what
+        self.mark, self.here = next(_marks), threading.local()
+        self.known = {} # {token ids: [(query, rows of each group)]}
+        for query in queries:
+            ids = vlm.encode([query])["input_ids"][0]
+            self.known.setdefault(tuple(ids.tolist()), []).append((query, self._rows(query, ids)))
+
+    def _rows(self, query, ids): return [self.vlm._rows(query, group, ids) for group in self.groups]
+
+    def _find(self, b, text, query):
+        "Rows of each group in prompt b of a call, whose token ids are `text`; its query is None where not known."
+        before = getattr(self.here, "last", {}).get(text[:-1]) # of the call before: generation without a cache
+        before = before and _behind(before, text[:-1], text)
+        if not self.known: return before or self._rows(None, torch.tensor(text))
+        whole = self.known.get(text, [])
+        fits = whole or [pair for ids in self.known if text[:len(ids)] == ids for pair in self._going_on(ids, text)]
+        if not fits:
+            raise ValueError(f"prompt {b} of this call is none of the {len(self.known)} that are {self.what}ed: "
+                             f"give its query to {self.what} too")
+        if query: fits = _alike(query, fits)
+        elif before: fits = [(None, before), *whole]
+        if any(rows != fits[0][1] for _, rows in fits):
+            raise ValueError(f"prompt {b} of this call reads like several of the queries that are {self.what}ed, with "
+                             f"marks at other words: ask with run, or {self.what} them one after the other")
+        return fits[0][1]
+
+    def _going_on(self, ids, text): return [(query, _behind(rows, ids, text)) for query, rows in self.known[ids]]
+
+# %% ../nbs/00_hooks.ipynb #a1f0c004
+def _behind(rows, ids, text):
+    "Rows of each group of a prompt that goes on; those of a picture without tokens lie behind the last token."
+    return [[row + (len(text) - len(ids)) * (row >= len(ids)) for row in group] for group in rows]
+
+def _alike(query, fits):
+    "Of the prompts [(query, rows)] that a text fits: those of the query itself, else of its words, else all."
+    wording = lambda q: (q.template, q.words, q.medium)
+    same = [pair for pair in fits if pair[0] is query]
+    return same or [pair for pair in fits if wording(pair[0]) == wording(query)] or fits
+
+@patch
+def begin(self:Prompts,
+    args, kwargs # of the call
+) -> list|None: # [(padding, rows of each group)] of each prompt; None: it goes on from prompts read inside
+    "Read the prompts of a call of the model. Raises ValueError for unknown prompts and for a cache filled before."
+    call = {"input_ids": args[0] if args else None, **kwargs}
+    ids, cache = call["input_ids"], call.get("past_key_values")
+    if cache is not None and cache.get_seq_length() > 0:
+        if self.mark in getattr(cache, "read_inside", ()): return None
+        raise ValueError(f"the prompt was read before the {self.what}ing began: "
+                         "call generate inside the with, without a filled cache")
+    if ids is None:
+        raise ValueError(f"{self.what}ing finds words by their tokens: call the model with input_ids, not "
+                         "inputs_embeds")
+    pads, queries = _pads(call.get("attention_mask"), len(ids)), self.vlm._turn.queries or [None] * len(ids)
+    texts = [tuple(row[pad:]) for row, pad in zip(ids.tolist(), pads)]
+    found = [self._find(b, text, query) for b, (text, query) in enumerate(zip(texts, queries))]
+    self.here.last = dict(zip(texts, found))
+    self.remember(cache)
+    return [*zip(pads, found)]
+
+@patch
+def remember(self:Prompts, *caches):
+    "Caches filled inside the `with`; copies of them are known too."
+    for cache in caches:
+        if hasattr(cache, "get_seq_length"): cache.read_inside = {*getattr(cache, "read_inside", ()), self.mark}
+
+@patch
+def end(self:Prompts, out):
+    "Remember the cache that a call which read prompts gives back."
+    self.remember(*(out if isinstance(out, tuple) else [getattr(out, "past_key_values", None)]))
+
+# %% ../nbs/00_hooks.ipynb #a1f0c005
+@patch
+def _call_hooks(self:VLM, edits, prompts):
+    "Hooks for the start and the end of calls of the model that `run` does not make: they hook what a call needs."
+    here = prompts.here
+    def begin(module, args, kwargs):
+        here.hooks, here.read = [], False
+        if self._turn.queries or (found := prompts.begin(args, kwargs)) is None: return
+        changes = {layer: [self._change(found, k, layer, *edit)] for k, (layer, edit) in enumerate(edits.items())}
+        receivers, cross = self._receivers({*edits}, kwargs.get("pixel_values") is not None)
+        here.read = True
+        for layer, module in receivers.items():
+            change = _hook(None, changes.get(layer, ()), {}, layer, cross)
+            here.hooks.append(module.register_forward_pre_hook(change, with_kwargs=True))
+    def end(module, args, out):
+        for hook in here.hooks: hook.remove()
+        if here.read: prompts.end(out)
+    return begin, end
+
+@patch
+def _change(self:VLM, found, k, layer, group, new):
+    "(rows, new) of the k-th group in a call whose prompts are `found`; the rows of a query serve all its beams."
+    rows = [[pad + row for row in groups[k]] for pad, groups in found]
+    if len({*map(len, rows)}) > 1:
+        raise ValueError(f"the group {group!r} has {min(map(len, rows))} to {max(map(len, rows))} tokens in these "
+                         "prompts: call the model with those of one length")
+    where = torch.tensor(rows, device=self.device)
+    if isinstance(new, Run): new = new.residual(layer, group)
+    if not callable(new):
+        new = torch.as_tensor(new)
+        if new.ndim == 3 and len(rows) % len(new) == 0: new = new.repeat_interleave(len(rows) // len(new), 0)
+    return where, self._new(new, layer, group, where.shape, 0, len(rows))
+
 # %% ../nbs/00_hooks.ipynb #e54f5ff9
 @patch_to(VLM)
 @contextmanager
 def patch(self,
     edits:dict, # {layer: (group, new)}; new: tensor (B, P, d), (P, d) or (d,), another `Run`, or a function of the rows
+    queries=(), # a `Query` or several: the prompts of other calls than `run`, where the groups are words
 ):
-    "Replace rows of the residual stream in every `run` inside the `with`. Raises ValueError for a layer that is not there."
+    """Replace rows of the residual stream in every call of the model inside the `with`.
+
+    That is in `run`, in `model(...)`, and in `model.generate` while it reads the prompt; there `new` has the rows of
+    the prompts in the call. Raises ValueError for a layer that is not there.
+    """
+    if not isinstance(edits, dict): raise ValueError("edits are {layer: (group, new)}, as in {4: ('subject', rows)}")
     for edit in edits.values():
         if not (isinstance(edit, tuple) and len(edit) == 2): raise ValueError("an edit is {layer: (group, new)}, as in {4: ('subject', rows)}")
     self.check_layers(edits)
-    self._edits.append(edits)
-    try: yield self
-    finally: self._edits.pop()
+    queries = [queries] if isinstance(queries, Query) else list(queries)
+    inside, prompts = Inside("patch", edits), Prompts(self, queries, [group for group, _ in edits.values()], "patch")
+    begin, end = self._call_hooks(edits, prompts)
+    hooks = [self.model.register_forward_pre_hook(begin, with_kwargs=True),
+             self.model.register_forward_hook(end, always_call=True)]
+    self._edits.append(inside)
+    try:
+        with Eager(): yield self
+    finally:
+        self._edits.remove(inside)
+        for hook in hooks: hook.remove()
 
 # %% ../nbs/00_hooks.ipynb #c10ac8c7
 @patch

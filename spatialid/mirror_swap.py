@@ -19,6 +19,7 @@ from PIL import Image, ImageOps
 from .data import LEFT_RIGHT, Benchmark
 from .extraction import resample
 from .hooks import Query
+from .pictures import as_seen
 from .results import OKABE_ITO, bootstrap, rng
 
 # %% ../nbs/02_mirror_swap.ipynb #533c069a
@@ -60,7 +61,7 @@ def recolour(
     angle, frequency, phase = g.uniform(0, 2 * np.pi), g.uniform(0.8, 2.5), g.random()
     y, x = np.mgrid[:image.height, :image.width] / max(image.size)
     gradient = frequency * (x * np.cos(angle) + y * np.sin(angle)) + phase
-    h, s, v = np.moveaxis(np.asarray(image.convert("RGB").convert("HSV"), dtype=float), -1, 0)
+    h, s, v = np.moveaxis(np.asarray(as_seen(image).convert("HSV"), dtype=float), -1, 0)
     h = (0.25 * h + 0.75 * 256 * (gradient % 1)) % 256
     bands = [Image.fromarray(band.astype(np.uint8)) for band in (h, np.minimum(1.1 * s, 255), v)]
     return Image.merge("HSV", bands).convert("RGB")

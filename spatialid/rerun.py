@@ -516,3 +516,5 @@ def models_text() -> str:
     lines += [f"  {k.alias:<18} {k.id:<42} {FAMILIES[k.family].title}, {k.blocks} blocks, width {k.width}, {k.dtype}" + (" *" if k.note else "") for k in HUB]
     lines += textwrap.wrap("* " + "; ".join(f"{k.id}: {k.note}" for k in HUB if k.note), 140, initial_indent="  ", subsequent_indent="    ")
     return "\n".join(lines + ["", "Also: any folder with a config.json, or any other Hub id of a supported family."])
+
+if __name__ == "__main__" and "__file__" in globals(): sys.exit(main())

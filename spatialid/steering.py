@@ -23,7 +23,7 @@ from PIL import ImageOps
 
 from .data import ABOVE_BELOW, COLOURS, LEFT_RIGHT, Benchmark, FreeScenes, Scene, Thing
 from .extraction import SpatialIDs
-from .hooks import VLM, Query
+from .hooks import VLM, Eager, Inside, Prompts, Query
 from .results import OKABE_ITO, bootstrap, rng
 from .sweeps import sweep
 
@@ -62,45 +62,37 @@ def _ends(vlm, push, layer):
 
 # %% ../nbs/04_steering.ipynb #9f0e3611
 def _prompts(vlm, queries, groups):
-    "{token ids of a prompt: rows of each group}. Raises ValueError for rows that are no tokens."
-    found = {}
-    for q in queries:
-        ids = vlm.encode([q])["input_ids"][0]
-        rows = [vlm._rows(q, group, ids) for group in groups]
-        if max(map(max, rows)) >= len(ids): raise ValueError(f"the picture has no tokens in {vlm.family.title}, so only words can be steered")
-        found[tuple(ids.tolist())] = rows
-    return found
+    "The prompts to steer. Raises ValueError for rows that are no tokens."
+    prompts = Prompts(vlm, queries, groups, "steer")
+    if any(max(map(max, rows)) >= len(ids) for ids, pairs in prompts.known.items() for _, rows in pairs):
+        raise ValueError(f"the picture has no tokens in {vlm.family.title}, so only words can be steered")
+    return prompts
 
-def _placed(prompts, batch):
-    "Batch indices and rows of each group, for prompts at the start of a padded batch. Raises ValueError for an unknown prompt."
-    ids, mask, found = batch["input_ids"], batch.get("attention_mask"), []
-    if ids is None: raise ValueError("steering finds words by their tokens: call the model with input_ids, not inputs_embeds")
-    for b, row in enumerate(ids):
-        pad = 0 if mask is None or mask.ndim != 2 else int(mask[b].int().argmax())
-        text = row[pad:].tolist()
-        known = next((rows for prompt, rows in prompts.items() if text[:len(prompt)] == list(prompt)), None)
-        if known is None: raise ValueError(f"prompt {b} of this call is none of the {len(prompts)} that are steered: give its query to steer too")
-        found.append([[pad + r for r in rows] for rows in known])
-    which = lambda g: [b for b, rows in enumerate(found) for _ in rows[g]]
-    return [(torch.tensor(which(g)), torch.tensor([r for rows in found for r in rows[g]])) for g in range(len(found[0]))]
+def _index(found, g):
+    "Batch indices and rows of the g-th group, for prompts [(padding, rows of each group)]."
+    pairs = [(b, pad + row) for b, (pad, rows) in enumerate(found) for row in rows[g]]
+    return torch.tensor([b for b, _ in pairs]), torch.tensor([row for _, row in pairs])
 
 # %% ../nbs/04_steering.ipynb #20692f36
 def _hooks(prompts, ends, scale, rule):
     "Hooks for the start and the end of a call of the model, and for the module that receives the layer."
-    now = {"read": False, "where": "outside"}
+    here = prompts.here # each thread has a call of its own
     def begin(module, args, kwargs):
-        batch = {"input_ids": args[0] if args else None, **kwargs}
-        cached = batch.get("past_key_values") is not None and batch["past_key_values"].get_seq_length() > 0
-        if cached and not now["read"]: raise ValueError("the prompt was read before the steering began: call generate inside the with, without a filled cache")
-        now.update(read=True, where=() if cached else _placed(prompts, batch))
+        found = prompts.begin(args, kwargs)
+        here.where = () if found is None else [_index(found, g) for g in range(len(ends))]
+    def end(module, args, out):
+        if getattr(here, "where", None): prompts.end(out)
+        here.where = None
     def push(module, args, kwargs):
-        if now["where"] == "outside": raise ValueError("steering acts on whole calls of the model (run, generate); in a sweep, use pushing(...) as an edit")
+        if getattr(here, "where", None) is None:
+            raise ValueError("steering acts on whole calls of the model (run, generate), not on its parts: "
+                             "call the model")
         h = args[0]
-        for (batch, rows), (to, frm) in zip(now["where"], ends):
+        for (batch, rows), (to, frm) in zip(here.where, ends):
             batch, rows = batch.to(h.device), rows.to(h.device)
             h = h.index_put((batch, rows), h[batch, rows] + scaled(to, frm, h[batch, rows], scale, rule))
         return (h, *args[1:]), kwargs
-    return begin, lambda module, args, out: now.update(where="outside"), push
+    return begin, end, push
 
 # %% ../nbs/04_steering.ipynb #f06d040b
 @patch_to(VLM)
@@ -123,8 +115,11 @@ def steer(self,
     receiver = next(m for i, m in enumerate(self.receivers[layer - 1:], layer) if i not in skipped)
     hooks = [self.model.register_forward_pre_hook(begin, with_kwargs=True), self.model.register_forward_hook(end, always_call=True),
              receiver.register_forward_pre_hook(push, with_kwargs=True)]
-    try: yield self
+    self._edits.append(inside := Inside("steer", {}))
+    try:
+        with Eager(): yield self
     finally:
+        self._edits.remove(inside)
         for hook in hooks: hook.remove()
 
 # %% ../nbs/04_steering.ipynb #ad7c8f4b

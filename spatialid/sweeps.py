@@ -63,10 +63,18 @@ def _visible(mask):
     return mask if mask is None or mask.dtype == torch.bool else mask >= 0
 
 @patch
+def _check_clean(self:VLM):
+    "Raises ValueError inside `patch` and `steer`: a clean run would not be clean."
+    if self._edits:
+        raise ValueError(f"inside {self._edits[-1].what} there is no clean run to resume from: sweep outside the with, "
+                         "and give what is to change as an edit")
+
+@patch
 def clean(self:VLM,
     batch, # from `encode`
 ) -> Clean:
-    "Run a batch and keep what resuming needs."
+    "Run a batch and keep what resuming needs. Raises ValueError inside `patch` and `steer`."
+    self._check_clean()
     kept, hooks, cache = {"residual": {}, "masks": {}, "rotary": {}, "out": {}, "picture": {}}, [], DynamicCache()
     def received(i):
         def hook(module, args, kwargs):
@@ -79,7 +87,7 @@ def clean(self:VLM,
     for i, block in enumerate(self.blocks):
         hooks.append(block.register_forward_hook(lambda module, args, out, i=i: kept["out"].update({i + 1: out})))
     try:
-        with torch.inference_mode(), attention(self, "sdpa"):
+        with self._alone(), torch.inference_mode(), attention(self, "sdpa"):
             out = self.model(**batch.to(self.device, self.model.dtype), past_key_values=cache, use_cache=True, **self.keep_last)
     finally:
         for hook in hooks: hook.remove()
@@ -322,6 +330,7 @@ def sweep(
     progress:bool=False,
 ) -> Sweep:
     "Make every edit at every layer for every query: the exact answers. Eq. 1, Alg. 1. ValueError for queries that cannot be swapped."
+    vlm._check_clean()
     began, (base, source) = time.time(), ([q] if isinstance(q, Query) else q and list(q) for q in (base, source))
     edits, layers = _edits(edits or {}, source, base), vlm.check_layers(layers) or list(range(1, vlm.n_layers + 1))
     if not (fast := vlm.family.fast and not plain) and not plain: _say_plain(vlm)
@@ -332,7 +341,8 @@ def sweep(
         for target, value in ((out, run.log_probs), *[(kept, run.logits)] * logits):
             if name not in target: target[name] = value.new_empty(len(layers) if layer else 1, len(base), value.shape[1])
             target[name][layers.index(layer) if layer else 0, samples] = value
-    for cell in (_fast if fast else _plain)(vlm, base, source, edits, layers, memory, progress): write(*cell)
+    with vlm._alone():
+        for cell in (_fast if fast else _plain)(vlm, base, source, edits, layers, memory, progress): write(*cell)
     truth = np.array([q.answers.index(q.truth) if q.truth in q.answers else -1 for q in base])
     return Sweep(layers, {n: out[n] for n in edits}, out[_BASE][0], out[_SOURCE][0] if source else None, truth, "fast" if fast else "plain",
                  {n: kept[n] for n in edits} if logits else None, time.time() - began)

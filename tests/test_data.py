@@ -185,6 +185,24 @@ def test_the_real_layout_and_grey_images(tmp_path):
     with pytest.raises(ValueError, match="no boxes"): b[2].boxes()
 
 
+def test_crowds_and_boxes_without_an_area_are_left_out_and_counted(tmp_path):
+    "A crowd's box encloses many things; one without a width has no place."
+    kinds = [{"id": 0, "name": "dog"}, {"id": 1, "name": "cat"}]
+    note = lambda kind, box, crowd=0: {"image_id": 7, "category_id": kind, "bbox": box, "area": 1, "iscrowd": crowd}
+    def benchmark(name, *notes):
+        (tmp_path / name).mkdir()
+        listed = [[7, "A photo of a dog to the left of a cat", ""]]
+        (tmp_path / name / "coco_qa_two_obj.json").write_text(json.dumps(listed))
+        (tmp_path / name / "instances_val2017.json").write_text(json.dumps(
+            {"images": [{"id": 7}], "categories": kinds, "annotations": [{"id": k, **n} for k, n in enumerate(notes)]}))
+        return Benchmark(tmp_path / name)[0]
+    dog, cat = [20, 0, 5, 5], [30, 0, 5, 5]
+    crowd, flat = note(0, [0, 0, 9, 9], crowd=1), note(1, [60, 0, 0, 5])
+    assert benchmark("mixed", crowd, note(0, dog), note(1, cat), flat).boxes() == (dog, cat)
+    with pytest.raises(ValueError, match=r"stand as its caption says \(2 left out: a crowd, or a box without an area"):
+        benchmark("unusable", crowd, note(1, cat), flat).boxes()
+
+
 def test_videos():
     v = Videos(FreeScenes(10, seed=1, things=(2, 3)))[2]
     frames = v.frames()

@@ -18,6 +18,7 @@ from spatialid.extraction import (SpatialIDs, around, axis_null, choices, choose
                                   effective_dimensions, exchanged, extract, grid_axes, grid_design, grid_null, grid_statistics, index_scenes,
                                   leave_one_out, new_state, on_axes, orthonormal, over_null, over_subsets, pair_weights, smooth_codes, spread_layers,
                                   stored_ids, subsample, subset_cosines, with_interval)
+from spatialid.extraction import read_checkpoint
 from spatialid.hooks import VLM, Query
 from tiny import tiny_llava
 
@@ -645,8 +646,10 @@ def test_ctrl_c_keeps_the_work_and_says_so(tmp_path):
     with pytest.raises(KeyboardInterrupt, match="nothing was kept"):
         extract(stop_at(100), scenes, batch_size=50, progress=False)
     for n in (60, 200, 500):
-        with pytest.raises(KeyboardInterrupt, match=r"stopped after \d+ of 960 images; the same call goes on from"):
+        with pytest.raises(KeyboardInterrupt, match=r"of 960 images; the same call goes on from") as stopped:
             extract(stop_at(n), scenes, batch_size=50, checkpoint=path, progress=False)
+        kept = int(read_checkpoint(path, {})["done"])
+        assert kept > 0 and f"stopped after {kept} of" in str(stopped.value), "what is kept is counted without a bar, too"
     last = Code(noise.__getitem__)
     resumed = extract(last, scenes, batch_size=50, checkpoint=path, progress=False)
     assert last.images <= 240 and np.array_equal(whole.table, resumed.table) and np.array_equal(whole.counts, resumed.counts)

@@ -564,3 +564,129 @@ def test_what_is_no_query_or_no_edit_says_so(tmp_path):
     with vlm.patch({1: ("last", torch.zeros(32))}): assert torch.equal(vlm.run(query).logits, listed.logits)
     assert vlm.run(query, layers=2).residuals.keys() == {2}
     with pytest.raises(ValueError, match="{text} is the name of a group of positions"): Query(None, "Is the {text} red?", {"text": "cup"})
+
+
+# Patches in any call ------------------------------------------------------------------------------------------------
+
+def inputs(vlm, queries): return vlm.encode(queries).to("cpu", vlm.model.dtype)
+
+
+def generated(vlm, queries, **settings):
+    "Logits of three generated tokens, (B, 3, V), the tokens themselves being fixed."
+    settings = dict(max_new_tokens=3, min_new_tokens=3, do_sample=False, return_dict_in_generate=True,
+                    output_logits=True, suppress_tokens=[*vlm.image_ids, vlm.tokenizer.eos_token_id]) | settings
+    return torch.stack(vlm.model.generate(**inputs(vlm, queries), **settings).logits, 1)
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl", "mllama", "gemma3"])
+def test_a_patch_acts_in_every_call_of_the_model(family):
+    vlm, v = VLM(*tiny(family, dtype=torch.float64), family), torch.randn(32, dtype=torch.float64)
+    queries = [ask(0), ask(1, "umbrella", "hot dog")]
+    for edits in ({2: ("image", v)}, {1: ("last", v), 3: (-2, lambda rows: 2 * rows)},
+                  {2: ("subject", torch.stack([v, -v])[:, None])}):
+        with torch.no_grad(): plain = vlm.model(**inputs(vlm, queries)).logits[:, -1]
+        with vlm.patch(edits, queries), torch.no_grad():
+            wanted = vlm.run(queries).logits
+            assert (vlm.model(**inputs(vlm, queries)).logits[:, -1] - wanted).abs().max() < 1e-10
+            cached, uncached = generated(vlm, queries), generated(vlm, queries, use_cache=False)
+            assert (cached[:, 0] - wanted).abs().max() < 1e-5 and (cached - uncached).abs().max() < 1e-5
+        assert (wanted - plain).abs().max() > 1e-4, "the patch must do something for this test to mean anything"
+        with torch.no_grad(): assert torch.equal(vlm.model(**inputs(vlm, queries)).logits[:, -1], plain)
+
+
+def test_rows_for_each_query_serve_all_its_beams(vlm):
+    rows = torch.randn(2, 1, 32)
+    settings = dict(max_new_tokens=1, do_sample=True, num_return_sequences=3, return_dict_in_generate=True,
+                    output_logits=True)
+    with vlm.patch({2: ("last", rows)}):
+        wanted = vlm.run([ask(0), ask(1)]).logits
+        (found,) = vlm.model.generate(**inputs(vlm, [ask(0), ask(1)]), **settings).logits
+        assert torch.allclose(found, wanted.repeat_interleave(3, 0), atol=1e-5)
+        with pytest.raises(ValueError, match="takes 3 x 1 x 32 numbers"):
+            vlm.model(**inputs(vlm, [ask(0), ask(1), ask(2)]))
+
+
+def test_a_call_that_does_not_name_its_words_says_so(vlm):
+    with vlm.patch({2: ("subject", torch.zeros(32))}):
+        with pytest.raises(ValueError, match="does not say where the group 'subject' is: patch.edits, queries"):
+            vlm.model(**inputs(vlm, [ask()]))
+        assert not vlm.run(ask(), 2, "subject").residual(2).any()
+    with vlm.patch({2: ("subject", torch.zeros(32))}, ask()):
+        with pytest.raises(ValueError, match="none of the 1 that are patched"):
+            vlm.model(**inputs(vlm, [ask(0, "dog")]))
+        with pytest.raises(ValueError, match="input_ids"): vlm.model(inputs_embeds=torch.zeros(1, 3, 32))
+    cache = vlm.model(**inputs(vlm, [ask()]), use_cache=True).past_key_values
+    with vlm.patch({2: ("last", torch.zeros(32))}):
+        with pytest.raises(ValueError, match="before the patching began"):
+            vlm.model(input_ids=torch.tensor([[5]]), past_key_values=cache)
+
+
+def test_patches_may_end_in_any_order(vlm):
+    plain = vlm.run(ask()).logits
+    one, two = (vlm.patch({1: ("last", torch.full((32,), fill))}) for fill in (1., 0.))
+    with vlm.patch({1: ("last", torch.zeros(32))}): zero = vlm.run(ask()).logits
+    one.__enter__(); two.__enter__(); one.__exit__(None, None, None)
+    assert torch.equal(vlm.run(ask()).logits, zero)
+    two.__exit__(None, None, None)
+    assert torch.equal(vlm.run(ask()).logits, plain) and not vlm._edits
+
+
+# The state a model is found in --------------------------------------------------------------------------------------
+
+def compiled_in_place(model): model.compile(backend="eager")
+def compiled_language_model(model): model.model.language_model.compile(backend="eager")
+def compiled_forward(model): model.forward = torch.compile(model.forward, backend="eager")
+def compiled_block(model): model.model.language_model.layers[2].compile(backend="eager")
+
+
+@pytest.mark.parametrize("how", [compiled_in_place, compiled_language_model, compiled_forward, compiled_block])
+def test_hooks_act_in_a_compiled_model(vlm, how):
+    model, processor = tiny_llava()
+    how(model)
+    compiled, zeros = VLM(model, processor, "compiled"), torch.zeros(32)
+    with torch.no_grad(): compiled.model(**inputs(compiled, [ask()])) # compiled before any hook is there
+    captured = compiled.run(ask(), [2], "subject")
+    assert torch.allclose(captured.residual(2), vlm.run(ask(), [2], "subject").residual(2), atol=1e-5)
+    with compiled.patch({2: ("last", zeros)}), torch.no_grad():
+        ours, raw = compiled.run(ask()).logits, compiled.model(**inputs(compiled, [ask()])).logits[:, -1]
+    with vlm.patch({2: ("last", zeros)}): wanted = vlm.run(ask()).logits
+    assert torch.allclose(ours, wanted, atol=1e-5) and torch.allclose(raw, wanted, atol=1e-5)
+    assert compiled.check() is compiled
+
+
+def test_a_model_in_training_is_asked_without_dropout_and_goes_on_training():
+    model, processor = tiny_llava()
+    for block in model.model.language_model.layers: block.self_attn.attention_dropout = .5
+    wanted = VLM(model, processor).run(ask(), EVERY)
+    model.train()
+    model.model.vision_tower.eval() # frozen
+    modes = [m.training for m in model.modules()]
+    vlm = VLM(model, processor)
+    assert [m.training for m in model.modules()] == modes
+    found = vlm.run(ask(), EVERY)
+    assert torch.equal(found.logits, wanted.logits)
+    assert all(torch.equal(found.residual(l), wanted.residual(l)) for l in EVERY)
+    with pytest.raises(ValueError):
+        with vlm.patch({2: ("last", torch.zeros(7))}): vlm.run(ask())
+    assert vlm.check() and [m.training for m in model.modules()] == modes
+
+
+def test_a_thread_beside_a_patch_is_not_patched(vlm):
+    from concurrent.futures import ThreadPoolExecutor
+    plain = vlm.run(ask()).logits
+    with ThreadPoolExecutor(1) as pool:
+        with vlm.patch({1: ("last", torch.zeros(32))}):
+            with pytest.raises(ValueError, match="another thread is inside tiny.patch"):
+                pool.submit(vlm.run, ask()).result()
+            inside = vlm.run(ask()).logits
+        assert torch.equal(pool.submit(vlm.run, ask()).result().logits, plain) and not torch.equal(inside, plain)
+
+
+def test_runs_of_two_threads_do_not_meet(vlm):
+    from concurrent.futures import ThreadPoolExecutor
+    queries = [ask(i) for i in range(8)]
+    alone = [vlm.run(q, [2], "subject").residual(2) for q in queries]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda q: vlm.run(q, [2], "subject").residual(2), queries))
+    assert all(torch.equal(a, b) for a, b in zip(alone, together))
+    assert copy.deepcopy(vlm).run(queries[0]).logits.equal(vlm.run(queries[0]).logits)

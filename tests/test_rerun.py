@@ -427,3 +427,36 @@ def test_several_models_are_compared_at_the_end(lab, capsys):
     assert rerun.main(["reproduce", "--models", lab.toy]) == 0 and not (lab.root/"compared").exists()
     assert rerun.main(["reproduce", "--models", f"{lab.toy},{lab.root/'other'}"]) == 0 and (lab.root/"compared").exists()
     assert "13_models: done" in capsys.readouterr().out
+
+
+# --- folders of results
+
+def save_as(model, number):
+    "What a notebook saves for a model."
+    return results.save_results(str(model), "01_a", {"x": number}, {}).parent.name
+
+
+def test_models_of_one_name_have_folders_of_their_own(tmp_path):
+    "The second gets a hash of its path; the first and the committed results keep theirs."
+    runs = [tmp_path/run/"checkpoint-100" for run in ("a", "b")]
+    for folder in runs: folder.mkdir(parents=True)
+    first, second = (save_as(folder, k) for k, folder in enumerate(runs))
+    assert first == "checkpoint-100" and second.startswith("checkpoint-100-") and len(second) == len(first) + 7
+    assert [results.load_results(str(folder), "01_a")["x"] for folder in runs] == [0, 1]
+    assert save_as(f"{runs[0]}/", 2) == first and save_as(runs[1], 3) == second, "also when saved again"
+    assert save_as("some/model", 4) == "model" and save_as("other/model", 5).startswith("model-")
+
+
+def test_a_folder_named_as_a_bundled_model_is_another_model(tmp_path, monkeypatch):
+    "Also as a relative path, and as a Hub id; the bundled folder itself is the bundled model."
+    (tmp_path/"llava-tiny").mkdir()
+    monkeypatch.chdir(tmp_path.parent)
+    names = {save_as(m, 1) for m in (tmp_path/"llava-tiny", f"{tmp_path.name}/llava-tiny", "me/llava-tiny")}
+    assert len(names) == 2 and all(name.startswith("llava-tiny-") for name in names)
+    assert save_as(results.bundled()["llava-tiny"], 2) == save_as("llava-tiny", 3) == "llava-tiny"
+
+
+@pytest.mark.parametrize("module", ["spatialid", "spatialid.rerun"])
+def test_the_package_is_the_command(module):
+    done = subprocess.run([sys.executable, "-m", module, "run", "99"], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("spatialid: no notebook '99'")

@@ -174,7 +174,7 @@ def test_what_cannot_be_steered_is_said(llava):
     says("not a marked word", lambda: None, args=(query, {"third": v}))
     says("scales both ends", lambda: None, rule="each_norm")
     says("no rule", lambda: llava.run(query), rule="none")
-    says("in a sweep", lambda: sweep(llava, [query], edits={"x": ("subject", lambda rows, layer, samples: rows)}))
+    says("sweep outside the with", lambda: sweep(llava, [query], edits={"x": ("subject", lambda rows, layer, samples: rows)}))
     embedded = llava.model.get_input_embeddings()(llava.encode([query])["input_ids"])
     says("input_ids", lambda: llava.model(inputs_embeds=embedded))
     cache = llava.model(**llava.encode([query]).to("cpu", torch.float64), use_cache=True).past_key_values
@@ -511,3 +511,97 @@ def test_results_are_complete(path):
     assert found["fig9"]["strength"]["largest"] > 0 and number(found["fig9"]["steerability"])
     assert all((path.parent/f"{name}.png").is_file() for name in ("fig2", "fig2_choices", "fig6a", "fig6b", "fig6c", "fig6d", "a16", "steering_path", "steering_pad"))
     assert found["provenance"]["weight_hash"] == SpatialIDs.load(path.parent/"spatial_ids.safetensors").provenance["weight_hash"], "notebook 04 is older than the IDs: run it again"
+
+
+# --- which prompt is it?
+
+def left_of(mark, **kwargs):
+    "The same text, one of its two cups marked."
+    template = ("Is a {subject} left of a cup?", "Is a cup left of a {subject}?")[mark]
+    return Query(None, template, {"subject": "cup"}, ("left", "right"), **kwargs)
+
+
+def test_two_queries_of_one_text_are_steered_at_their_own_marks(llava):
+    one, two, v = left_of(0), left_of(1), vector(llava)
+    alone = []
+    for query in (one, two):
+        with llava.steer(query, {"subject": v}, layer=2): alone.append(llava.run(query).logits)
+    with llava.steer([one, two], {"subject": v}, layer=2):
+        assert torch.allclose(llava.run([one, two]).logits, torch.cat(alone), atol=1e-12)
+        equal = llava.run([left_of(1), left_of(0)]).logits # not the same objects
+        assert torch.allclose(equal, torch.cat(alone[::-1]), atol=1e-12)
+        with pytest.raises(ValueError, match="prompt 0 of this call reads like several of the queries"):
+            llava.model(**llava.encode([one]))
+    assert (alone[0] - alone[1]).abs().max() > 1e-3
+
+
+def test_groups_that_are_functions_tell_queries_of_one_wording_apart(llava):
+    one, two, v = ask(seed=1), ask(seed=2), vector(llava)
+    near = lambda query: -2 if query is one else -3
+    with llava.steer([one, two], {near: v}, layer=2): together = llava.run([one, two]).logits
+    for row, query in zip(together, (one, two)):
+        with llava.steer(query, {near(query): v}, layer=2): alone = llava.run(query).logits[0]
+        assert torch.allclose(alone, row, atol=1e-12)
+
+
+def test_a_prompt_that_begins_like_another_is_its_own():
+    vlm = VLM(*tiny_llava(dtype=torch.float64, chat=None), "bare")
+    short = Query(None, "The {subject}", {"subject": "cup"})
+    long = Query(None, "The cup is left of the {subject}", {"subject": "star"})
+    v, settings = vector(vlm), dict(max_new_tokens=2, do_sample=False, return_dict_in_generate=True, output_logits=True)
+    settings["suppress_tokens"] = unsaid(vlm)
+    for order in ([short, long], [long, short]):
+        with vlm.steer(order, {"subject": v}, layer=2):
+            together = [vlm.run(q).logits for q in (short, long)]
+            calls = [(q, cache) for q in (short, long) for cache in (True, False)]
+            generate = lambda q, cache: vlm.model.generate(**vlm.encode([q]), use_cache=cache, **settings)
+            said = [torch.stack(generate(*call).logits) for call in calls]
+            ids = vlm.encode([long])["input_ids"]
+            with pytest.raises(ValueError, match="reads like several"): vlm.model(input_ids=torch.cat([ids, ids], 1))
+        for query, found in zip((short, long), together):
+            with vlm.steer(query, {"subject": v}, layer=2): alone = vlm.run(query).logits
+            assert torch.allclose(alone, found, atol=1e-12)
+        for cached, uncached, found in ((*said[:2], together[0]), (*said[2:], together[1])):
+            assert torch.allclose(cached, uncached, atol=1e-5)
+            assert torch.allclose(cached[0].double(), found, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_cache_is_steered_if_its_prompt_was_read_inside(llava):
+    import copy
+    query, token = ask(), torch.tensor([[5]])
+    batch = llava.encode([query]).to("cpu", torch.float64)
+    older = llava.model(**batch, use_cache=True).past_key_values
+    with llava.steer(query, {"subject": vector(llava)}, layer=1):
+        inside = llava.model(**batch, use_cache=True).past_key_values
+        branch = copy.deepcopy(inside)
+        assert torch.equal(*(llava.model(input_ids=token, past_key_values=c).logits for c in (inside, branch)))
+        with pytest.raises(ValueError, match="before the steering began"):
+            llava.model(input_ids=token, past_key_values=older)
+    with llava.steer(query, {"subject": vector(llava, 1)}, layer=1):
+        with pytest.raises(ValueError, match="before the steering began"):
+            llava.model(input_ids=token, past_key_values=branch)
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "gemma3"])
+def test_generation_with_a_static_cache_is_steered(family):
+    vlm = VLM(*tiny(family, dtype=torch.float64), family)
+    queries = [ask(), ask("dog", "cup", 1)]
+    settings = dict(max_new_tokens=3, min_new_tokens=3, do_sample=False, suppress_tokens=unsaid(vlm),
+                    return_dict_in_generate=True, output_logits=True)
+    generate = lambda batch, **cache: torch.stack(vlm.model.generate(**batch, **settings, **cache).logits)
+    with vlm.steer(queries, {"subject": vector(vlm)}, layer=2, scale=3):
+        batch = vlm.encode(queries).to("cpu", torch.float64)
+        assert (batch["attention_mask"] == 0).any(), "one of them is padded"
+        plain, static = generate(batch), generate(batch, cache_implementation="static")
+        assert (plain - static).abs().max() < 1e-5 and (static[0] - vlm.run(queries).logits).abs().max() < 1e-5
+
+
+def test_each_thread_steers_its_own_call(llava):
+    "Streaming idioms generate in a thread of their own, inside the with."
+    from concurrent.futures import ThreadPoolExecutor
+    queries = [ask("cup", "star", 1), ask("hot dog", "cat", 2), ask("dog", "cup", 3), ask("cat", "hot dog", 4)]
+    call = lambda q: llava.model(**llava.encode([q]).to("cpu", torch.float64)).logits[:, -1]
+    with llava.steer(queries, {"subject": vector(llava)}, layer=2), ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(call, queries * 3))
+        for one, query in zip(found, queries * 3): assert torch.allclose(one, llava.run(query).logits, atol=1e-10)

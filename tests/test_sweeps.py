@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from tiny import tiny, tiny_llava
 
+import spatialid.steering # VLM.steer  # noqa: F401 (adds VLM.steer)
 from spatialid.hooks import VLM, Query
 from spatialid.sweeps import Batch, Shift, Sweep, add, first_affected, in_float64, sweep
 
@@ -292,3 +293,27 @@ def test_a_family_without_resuming_says_so_once():
     assert swept.path == "plain"
     assert torch.allclose(swept.log_probs["all"], swept.source_log_probs.expand_as(swept.log_probs["all"]), atol=1e-9)
     assert not torch.allclose(swept.log_probs["image"][0], swept.base_log_probs, atol=1e-6)
+
+
+def test_there_is_no_sweep_inside_a_patch(llava):
+    base, source = questions(2, 0), questions(2, 1)
+    patched = lambda: llava.patch({2: ("last", torch.zeros(llava.width))})
+    steered = lambda: llava.steer(base, {"subject": torch.ones(llava.width)}, layer=2)
+    for change, name in ((patched, "patch"), (steered, "steer")):
+        for plain in (False, True):
+            with pytest.raises(ValueError, match=f"inside {name} there is no clean run .* as an edit"):
+                with change(): sweep(llava, base, source, {"image": "image"}, plain=plain)
+    with pytest.raises(ValueError, match="inside patch there is no clean run"):
+        with patched(): llava.clean(llava.encode(base))
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_a_model_in_training_is_swept_without_dropout(plain):
+    model, processor = tiny_llava()
+    for block in model.model.language_model.layers: block.self_attn.attention_dropout = .5
+    vlm, base, source = VLM(model, processor), questions(2, 0), questions(2, 1)
+    wanted = sweep(vlm, base, source, SWAPS, plain=plain)
+    model.train()
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    swept = sweep(vlm, base, source, SWAPS, plain=plain)
+    assert all(torch.equal(swept.log_probs[n], wanted.log_probs[n]) for n in swept.names) and model.training
