@@ -825,6 +825,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'spatialid.results.save_figure': ('results.html#save_figure', 'spatialid/results.py'),
                                    'spatialid.results.save_results': ('results.html#save_results', 'spatialid/results.py'),
                                    'spatialid.results.size_of': ('results.html#size_of', 'spatialid/results.py'),
+                                   'spatialid.results.spanning': ('results.html#spanning', 'spatialid/results.py'),
                                    'spatialid.results.stored_path': ('results.html#stored_path', 'spatialid/results.py'),
                                    'spatialid.results.style': ('results.html#style', 'spatialid/results.py'),
                                    'spatialid.results.told': ('results.html#told', 'spatialid/results.py'),
