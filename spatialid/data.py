@@ -35,7 +35,7 @@ from huggingface_hub.constants import HF_HOME
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from .hooks import Query
-from .pictures import as_seen, upright
+from .pictures import as_seen, eight_bits
 from .results import rng, write_bytes, write_json
 
 # %% ../nbs/01_data.ipynb #f349a068
@@ -123,7 +123,7 @@ def _files(folder, *endings):
 def _render(folder, name, px):
     "An RGBA render cropped to its alpha and resized."
     path = next(p for p in _files(folder, ".png") if p.stem.replace("_", " ") == name)
-    im = upright(Image.open(path))
+    im = eight_bits(Image.open(path))
     if "A" not in im.getbands() and "transparency" not in im.info:
         raise ValueError(f"{str(path)!r} has no alpha channel: renders must be RGBA with a transparent background")
     im = im.convert("RGBA")

@@ -28,7 +28,7 @@ from scipy.stats import binomtest, mannwhitneyu, rankdata
 from .data import Benchmark, GridScenes, Objects
 from .extraction import SpatialIDs, extract, orthonormal, stored_ids, subsample
 from .hooks import VLM, Query
-from .results import bootstrap, load_results, rng, write_json
+from .results import bootstrap, load_results, rng, spanning, write_json
 from .steering import BOTH, TEMPLATES, at_every_layer, at_place, gaussian, moves, pushing, scaled, swept_layers
 from .sweeps import Resumed, add, attention, sweep
 
@@ -430,7 +430,7 @@ def diagnose(
     found = {k: v[which] for k, v in (gathered or evidence(vlm, ids, asked, layer)).items()} # probes are fitted on the pictures of all kinds
     drawn = resampled_losses(found, seed=seed)
     stage, strength = decide(drawn, tolerance)
-    spread = np.quantile(drawn[1:], [0.025, 0.975], axis=0)
+    spread = spanning(drawn[0], *np.quantile(drawn[1:], [0.025, 0.975], axis=0))
     skill = {k: bootstrap(v, lambda x: 2 * x.mean() - 1, seed=seed) for k, v in found.items()}
     repair = bootstrap(found["repaired"] - found["answer"], seed=seed)
     excess = drawn[0] - [tolerance[s] for s in STAGES]

@@ -626,7 +626,7 @@ def extract(
     scenes, # grid scenes pair by pair: `GridScenes`, or a list of its items
     template:str=TEMPLATE, # the query; φ is read at the object b: at {subject}, or at {object} for the second slot
     layers=None, # layers ℓ to keep; all by default
-    protocol:str="paper", # or "released", see `SpatialIDs`
+    protocol:str="paper", # or "released": see `SpatialIDs`; at ℓ = N too it is the state before the final norm
     batch_size:int=32,
     pair_layers=(), # layers at which each pair's own IDs are kept too
     checkpoint=None, # file to resume from; written every `save_every` seconds, when interrupted, and at the end

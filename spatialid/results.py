@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FLAGSHIP', 'OKABE_ITO', 'results_root', 'results_dir', 'whole_name', 'bundled', 'quick_path', 'stored_path',
-           'write_bytes', 'write_json', 'rng', 'bootstrap', 'over_seeds', 'size_of', 'told', 'provenance',
+           'write_bytes', 'write_json', 'rng', 'spanning', 'bootstrap', 'over_seeds', 'size_of', 'told', 'provenance',
            'save_results', 'load_results', 'style', 'save_figure']
 
 # %% ../nbs/00_results.ipynb #7e1a8d2e
@@ -142,6 +142,13 @@ def _resampled_means(values, n, generator):
     counts = (generator.multinomial(size, np.full(size, 1/size), min(step, n - i)) for i in range(0, n, step))
     return np.concatenate([c @ flat for c in counts]).reshape(n, *values.shape[1:]) / size
 
+def spanning(
+    value, # a number, or an array of them
+    low, high, # ends of its interval, of the same shape
+) -> tuple: # low, high
+    """The ends of an interval, moved to the value where rounding or skewed draws left it outside."""
+    return np.minimum(low, value), np.maximum(high, value)
+
 def bootstrap(
     values, # (n, …): one row per image
     statistic=np.mean, # applied to a resample (n, …); np.mean and np.median act along axis 0
@@ -149,14 +156,17 @@ def bootstrap(
     seed:int=0,
     level:float=.95, # coverage of the interval
 ) -> dict: # value, low, high, n
-    """The statistic of `values` with its percentile bootstrap interval. Efron (1979). ValueError if there is nothing to resample."""
+    """The statistic of `values` with its percentile bootstrap interval. Efron (1979). ValueError for an empty sample.
+
+    The interval contains its value. It is too narrow for fewer than about 30 values, for skewed ones and for shares near
+    0 or 1, where resampling hardly varies: it covers the mean of ten normal values in 91 of 100 samples."""
     values = np.asarray(values, dtype=float)
     if values.ndim == 0 or len(values) == 0: raise ValueError("bootstrap needs at least one value: the sample is empty")
     f = (lambda v: statistic(v, axis=0)) if statistic in (np.mean, np.median) else statistic
     generator = rng(seed, "bootstrap", len(values))
     if statistic is np.mean: draws = _resampled_means(values, n, generator)
     else: draws = np.stack([f(values[generator.integers(len(values), size=len(values))]) for _ in range(n)])
-    low, high = np.quantile(draws, [(1 - level)/2, (1 + level)/2], axis=0)
+    low, high = spanning(f(values), *np.quantile(draws, [(1 - level)/2, (1 + level)/2], axis=0))
     return _plain({"value": f(values), "low": low, "high": high, "n": len(values)})
 
 def over_seeds(

@@ -119,6 +119,7 @@ TEMPLATE = "Is the {subject} to the left or right of the {object}?"
 
 
 @pytest.mark.parametrize("protocol", ["paper", "released"])
+@pytest.mark.slow
 def test_running_sums_equal_storing_everything_in_double(double, protocol):
     scenes = subsample(squares(PAIRS[:3]), 3)
     ids = extract(double, scenes, protocol=protocol, batch_size=16, pair_layers=[2], progress=False)
@@ -418,6 +419,16 @@ def test_jackknife_is_the_textbook_one_and_contains_its_value():
     assert np.allclose(leave_one_out(np.array([1.0, 3.0])), [[0.25, 0.75], [0, 1], [1, 0]])
 
 
+def test_the_last_layer_is_read_before_the_final_norm(vlm):
+    "The released scripts read after it, which the page says; all layers below are the same state."
+    query, last = squares(PAIRS[:1], sizes=(224,))[0].query(TEMPLATE), vlm.n_layers
+    run = vlm.run([query], [last - 1, last], "last")
+    with torch.no_grad(): states = vlm.model(**vlm.encode([query]), output_hidden_states=True).hidden_states
+    assert torch.allclose(run.residuals[last - 1][:, 0], states[last - 1][:, -1], atol=1e-6)
+    assert not torch.allclose(run.residuals[last][:, 0], states[last][:, -1], atol=1e-2)
+    assert torch.allclose(vlm.receivers[-1](run.residuals[last][:, 0]), states[last][:, -1], atol=1e-6)
+
+
 @pytest.mark.parametrize("k", [2, 3, 10])
 def test_intervals_cover(k):
     "The 95 % interval of each statistic holds its mean over fresh draws of k objects most of the time."
@@ -670,6 +681,7 @@ ids.save({result!r})
 """
 
 
+@pytest.mark.slow
 def test_a_killed_process_resumes_bit_identically(tmp_path):
     def start(name, checkpoint, pause):
         script = SCRIPT.format(tests=str(Path(__file__).parent), checkpoint=str(tmp_path / checkpoint), result=str(tmp_path / name), pause=pause)
