@@ -41,7 +41,9 @@ def whole_name(
     model:str, # bundled name, local folder or Hub id
 ) -> str:
     """What tells models of one name apart: the whole path of a folder, else the name or the Hub id."""
-    return str(Path(model).resolve()) if Path(model).is_dir() else str(model)
+    folder = Path(model)
+    weights = any((folder/name).is_file() for name in ("config.json", "adapter_config.json"))
+    return str(folder.resolve()) if weights else str(model)
 
 def _is_anothers(folder, model):
     "Whether the results in `folder` are those of another model of the same name."

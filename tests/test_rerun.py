@@ -450,7 +450,9 @@ def save_as(model, number):
 def test_models_of_one_name_have_folders_of_their_own(tmp_path):
     "The second gets a hash of its path; the first and the committed results keep theirs."
     runs = [tmp_path/run/"checkpoint-100" for run in ("a", "b")]
-    for folder in runs: folder.mkdir(parents=True)
+    for folder in runs:
+        folder.mkdir(parents=True)
+        (folder/"config.json").write_text("{}")
     first, second = (save_as(folder, k) for k, folder in enumerate(runs))
     assert first == "checkpoint-100" and second.startswith("checkpoint-100-") and len(second) == len(first) + 7
     assert [results.load_results(str(folder), "01_a")["x"] for folder in runs] == [0, 1]
@@ -461,10 +463,18 @@ def test_models_of_one_name_have_folders_of_their_own(tmp_path):
 def test_a_folder_named_as_a_bundled_model_is_another_model(tmp_path, monkeypatch):
     "Also as a relative path, and as a Hub id; the bundled folder itself is the bundled model."
     (tmp_path/"llava-tiny").mkdir()
+    (tmp_path/"llava-tiny"/"config.json").write_text("{}")
     monkeypatch.chdir(tmp_path.parent)
     names = {save_as(m, 1) for m in (tmp_path/"llava-tiny", f"{tmp_path.name}/llava-tiny", "me/llava-tiny")}
     assert len(names) == 2 and all(name.startswith("llava-tiny-") for name in names)
     assert save_as(results.bundled()["llava-tiny"], 2) == save_as("llava-tiny", 3) == "llava-tiny"
+
+
+def test_a_folder_without_a_model_is_a_name(tmp_path, monkeypatch):
+    "Results over all models are called `models`, and so is a folder beside the notebooks."
+    (tmp_path/"models").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert save_as("models", 1) == "models" and not [*tmp_path.rglob("source.txt")]
 
 
 @pytest.mark.parametrize("module", ["spatialid", "spatialid.rerun"])
