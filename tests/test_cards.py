@@ -131,6 +131,7 @@ def packaged(base=SMOLLM2):
 
 
 @pytest.mark.skipif(packaged() is None, reason="the language model of llava-smol is not installed")
+@pytest.mark.slow
 def test_the_flagship_answers_as_alone():
     vlm, queries = VLM.load("llava-smol"), sum(scene_queries(2), [])
     plain, shared = vlm.run(queries), run_shared(vlm, queries)

@@ -102,6 +102,7 @@ def test_what_the_base_does_not_fill_is_stored_and_trained(family, two_blocks):
     assert all(p.shape[0] == recipe.rank for n, p in adapter.items() if "lora_A" in n)
 
 
+@pytest.mark.slow
 def test_recipes_differ_in_what_they_train():
     for name, recipe in LANGUAGE_RECIPES.items():
         small = replace(recipe, **{k: v for k, v in EYES.items() if k != "px"})
@@ -211,6 +212,7 @@ def test_what_is_measured_is_asked_as_the_organisms_are():
 
 
 @pytest.mark.parametrize("workers", [2])
+@pytest.mark.slow
 def test_a_batch_does_not_depend_on_who_draws_it(workers):
     steps = steps_of("llava", steps=5)
     drawn = list(DataLoader(steps, batch_size=None, num_workers=workers))
@@ -274,6 +276,7 @@ def test_the_divergence_is_that_of_the_vocabulary_where_all_of_it_is_stored():
     assert [rate_of(.2, 128), rate_of(.2, 2), rate_of(0, 64)] == [32, 1, 0] # a fifth of all sequences
 
 
+@pytest.mark.slow
 def test_the_texts_of_another_base_are_not_used(two_blocks, tmp_path):
     recipe, tok = replace(SMALL["llava"], prompts=2, words=2), processor_of("llava").tokenizer
     one = replay.replay_of(tmp_path, two_blocks, tok, recipe, "cpu")
@@ -386,6 +389,7 @@ def whole(two_blocks, tmp_path_factory):
 
 
 @pytest.mark.parametrize("stage, count", [("recognise", 4), ("all", 4)])
+@pytest.mark.slow
 def test_a_stopped_run_resumes_bit_identically(stage, count, whole, in_package, tmp_path, monkeypatch):
     with monkeypatch.context() as m:
         stop_at(m, stage, count)
@@ -400,6 +404,7 @@ def test_a_stopped_run_resumes_bit_identically(stage, count, whole, in_package, 
     assert before == (tmp_path / "cut" / "checkpoint.safetensors").stat().st_mtime_ns
 
 
+@pytest.mark.slow
 def test_a_schedule_that_was_cut_to_the_time_is_kept(whole, in_package, tmp_path, monkeypatch):
     timed, answered = dict(minutes=5., workers=0, every=2), []
     monkeypatch.setattr(trainer, "affordable", lambda *of: answered.append(of) or 2)
@@ -508,6 +513,7 @@ def test_the_command_says_what_is_wrong(argv, why, capsys):
     assert e.value.code == 2 and why in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_command_trains_bundles_and_measures(in_package, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(LANGUAGE_RECIPES, "llava-smol", replace(SMALL["llava"], stages=tuple(replace(s, steps=1) for s in STAGES)))
     monkeypatch.setattr(organisms, "BUNDLED", tmp_path / "bundled")

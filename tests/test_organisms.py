@@ -128,6 +128,7 @@ def _start(out): return subprocess.Popen([sys.executable, "-c", RUN.format(here=
 
 
 @pytest.mark.parametrize("after", [(0, 2), (1, 2)])
+@pytest.mark.slow
 def test_a_killed_run_resumes_bit_identically(tmp_path, after):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert _start(whole).wait(200) == 0

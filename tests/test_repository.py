@@ -386,8 +386,12 @@ def test_the_imports_of_a_cell(source, expected):
 
 # --- every notebook runs
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+FEWER = {"00_sweeps": {"n_scenes": 12, "n_exact": 1}, "10_organisms": {"n_scenes": 40}}  # where there is no `quick`
+ELSEWHERE = ("08_temporal",)  # tests/test_temporal.py runs it on the bundled model, on other families, on files
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("path", [p for p in NOTEBOOKS if p.stem not in ELSEWHERE], ids=lambda p: p.stem)
 def test_notebook_runs(path, tmp_path, monkeypatch):
     """In a kernel of its own, on the bundled model, from top to bottom.
 
@@ -397,4 +401,4 @@ def test_notebook_runs(path, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     shutil.copytree(ROOT/"results", tmp_path/"results", ignore=shutil.ignore_patterns(".runs"), dirs_exist_ok=True)
     names = rerun.parameters_of(path)
-    rerun.run_notebook(path, **({"quick": True} if "quick" in names else {}))
+    rerun.run_notebook(path, **({"quick": True} if "quick" in names else FEWER.get(path.stem, {})))
