@@ -914,6 +914,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'spatialid.sweeps._as_edit': ('sweeps.html#_as_edit', 'spatialid/sweeps.py'),
                                   'spatialid.sweeps._attend': ('sweeps.html#_attend', 'spatialid/sweeps.py'),
                                   'spatialid.sweeps._edits': ('sweeps.html#_edits', 'spatialid/sweeps.py'),
+                                  'spatialid.sweeps._equal': ('sweeps.html#_equal', 'spatialid/sweeps.py'),
                                   'spatialid.sweeps._fast': ('sweeps.html#_fast', 'spatialid/sweeps.py'),
                                   'spatialid.sweeps._first_rows': ('sweeps.html#_first_rows', 'spatialid/sweeps.py'),
                                   'spatialid.sweeps._named': ('sweeps.html#_named', 'spatialid/sweeps.py'),

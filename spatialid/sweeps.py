@@ -221,6 +221,13 @@ def resume(self:VLM,
             yield c.keys[at:at + step], logits
 
 # %% ../nbs/00_sweeps.ipynb #0c65c5c7
+def _equal(one, other) -> bool:
+    "Whether two lists of tensors (or tuples of tensors, or None) are the same; what blocks share is compared once."
+    seen = {(id(a), id(b)): (a, b) for a, b in zip(one, other)}
+    flat = lambda x: x if isinstance(x, tuple) else (x,)
+    pairs = [pair for a, b in seen.values() for pair in zip(flat(a), flat(b))]
+    return all(a is b or (torch.is_tensor(a) and torch.is_tensor(b) and torch.equal(a, b)) for a, b in pairs)
+
 @dataclass
 class Batch:
     "The clean runs of some queries, and where they differ."
@@ -231,9 +238,8 @@ class Batch:
     def __post_init__(self):
         self.sees = self.base.sees
         if self.source is None: return
-        differs = (self.base.residual[0] != self.source.residual[0]).any(-1)
-        for a, b in zip(self.base.rotary[0], self.source.rotary[0]): differs = differs | (a != b).any(-1).view(-1, *differs.shape[-1:]).any(0)
-        differs = differs & self.base.real
+        differs = (self.base.residual[0] != self.source.residual[0]).any(-1) & self.base.real
+        self.aligned = all(_equal(getattr(self.base, part), getattr(self.source, part)) for part in ("rotary", "masks"))
         self.affected = differs.cumsum(1) > 0 if self.sees is None else (self.sees & differs[:, None]).any(2) | differs
 
     def start(self, changed:torch.Tensor) -> int: # (B, T) bool
@@ -247,7 +253,7 @@ class Batch:
         T = self.base.real.shape[1]
         where = where[:, :T] | (where[:, T:].any(1, keepdim=True) & self.base.real) # every row may read the picture
         found = [(0, self.base, T - min(self.start(where), T - 1))]
-        if swap and self.base.picture is None: # else no row behind it is the same in both runs
+        if swap and self.aligned and self.base.picture is None: # else no row behind it is the same in both runs
             last = max([*self.base.added, *self.source.added], default=0) # later additions are not edited, so the prefix must be behind them
             found.append((last, self.source, T - min(self.start(self.affected & ~where), T - 1)))
         return sorted(found, key=lambda way: way[2])

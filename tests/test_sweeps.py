@@ -343,3 +343,17 @@ def test_numbers_that_overflow_are_no_beliefs(llava, plain):
     half = VLM(*overflowing(), "half")
     with pytest.raises(ValueError, match="half for query 0 are not finite: float16 .* dtype='bfloat16'"):
         sweep(half, base, source, ["image"], plain=plain)
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+def test_pictures_of_one_size_and_other_grids_are_swapped_exactly(family):
+    "As many tokens in other places: rows swapped in keep the positions of the base."
+    vlm = in_float64(VLM(*tiny(family), "tiny"))
+    turn = lambda q, size: replace(q, image=q.image.resize(size))
+    wide, high = (32, 16), (16, 32)
+    base, source = ([turn(q, size) for q in questions(2, i, ["cup", "star"])] for i, size in enumerate((wide, high)))
+    mixed = [source[0], base[1]], [base[0], turn(source[1], wide)]
+    grids = [vlm.encode(q)["image_grid_thw"].tolist() for q in (base, source)]
+    assert grids[0] != grids[1] and len(vlm.tokens(base[0])) == len(vlm.tokens(source[0]))
+    for pair in ((base, source), (source, base), mixed):
+        assert largest(*(sweep(vlm, *pair, SWAPS, logits=True, plain=p) for p in (False, True))) < 1e-9
