@@ -1,9 +1,10 @@
-# make reproduce · make test · make docs · make bench · make families · make organisms: each first makes .venv if it is missing or out of date.
+# make reproduce · make check · make test · make docs · make bench · make families · make organisms · make prepare:
+# each first makes .venv if it is missing or out of date.
 PYTHON ?= python3
 BIN := .venv/bin
 NB := nbs/*.ipynb
 
-.PHONY: env reproduce test docs bench families organisms prepare
+.PHONY: env reproduce check test docs bench families organisms prepare
 
 env: .venv/.ready
 
@@ -17,8 +18,15 @@ env: .venv/.ready
 reproduce: env
 	$(BIN)/spatialid reproduce
 
+PYTEST := PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist worksteal
+
+# All tests.
 test: env
-	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist worksteal tests
+	$(PYTEST) tests
+
+# The tests without the mark `slow`, in two minutes.
+check: env
+	$(PYTEST) -m "not slow" tests
 
 docs: env
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tools/make_docs.py

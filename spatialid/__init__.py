@@ -21,8 +21,6 @@ def __getattr__(name):
     if name not in _HOME:
         raise AttributeError(f"module 'spatialid' has no attribute {name!r}; it has {', '.join(__all__)}")
     from importlib import import_module
-    if name == "VLM":
-        import_module("spatialid.steering")  # adds `VLM.steer`
     globals()[name] = value = getattr(import_module(f"spatialid.{_HOME[name]}"), name)
     return value
 

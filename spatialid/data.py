@@ -35,7 +35,7 @@ from huggingface_hub.constants import HF_HOME
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from .hooks import Query
-from .pictures import as_seen, upright
+from .pictures import as_seen, eight_bits
 from .results import rng, write_bytes, write_json
 
 # %% ../nbs/01_data.ipynb #f349a068
@@ -120,7 +120,7 @@ def _files(folder, *endings):
     return found
 
 def _picture(path, prepared=as_seen):
-    "A picture file as a viewer shows it, or `upright`. ValueError naming the file where it cannot be read."
+    "A picture file as a viewer shows it, or in `eight_bits`. ValueError naming the file where it cannot be read."
     try:
         with Image.open(path) as im:
             im.load()
@@ -132,7 +132,7 @@ def _picture(path, prepared=as_seen):
 def _render(folder, name, px):
     "An RGBA render cropped to its alpha and resized."
     path = next(p for p in _files(folder, ".png") if p.stem.replace("_", " ") == name)
-    im = _picture(path, upright)
+    im = _picture(path, eight_bits)
     if "A" not in im.getbands() and "transparency" not in im.info:
         raise ValueError(f"{str(path)!r} has no alpha channel: renders must be RGBA with a transparent background")
     im = im.convert("RGBA")

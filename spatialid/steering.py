@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['RULES', 'TEMPLATES', 'CORNERS', 'BOTH', 'DOSES', 'ARM_COLOURS', 'NEAR_FAR', 'BETWEEN', 'SURROUNDED', 'CHANCES',
-           'scaled', 'at_place', 'moves', 'pushing', 'gaussian', 'questions', 'opposing', 'dealt', 'middle_third',
-           'swept_layers', 'layers_near', 'at_every_layer', 'swapped', 'adversarial', 'readings', 'dose_edits',
-           'plot_swaps', 'ticks', 'listed_layers', 'plot_bars', 'wilson', 'newcombe', 'moves_by_slot', 'chosen_dose',
-           'at_dose', 'whole_words', 'mirror_swaps', 'efficiency', 'plot_dose', 'plot_estimates', 'occurrences',
-           'released_scale', 'change', 'odds', 'share_in_middle', 'slope', 'arranged', 'near_far', 'in_between',
-           'surrounded', 'AtWord', 'at_word', 'relation_words', 'fig9_numbers', 'pad_figure', 'pad_odds']
+           'scaled', 'steering', 'at_place', 'moves', 'pushing', 'gaussian', 'questions', 'opposing', 'dealt',
+           'middle_third', 'swept_layers', 'layers_near', 'at_every_layer', 'swapped', 'adversarial', 'readings',
+           'dose_edits', 'plot_swaps', 'ticks', 'listed_layers', 'plot_bars', 'wilson', 'newcombe', 'moves_by_slot',
+           'chosen_dose', 'at_dose', 'whole_words', 'mirror_swaps', 'efficiency', 'plot_dose', 'plot_estimates',
+           'occurrences', 'released_scale', 'change', 'odds', 'share_in_middle', 'slope', 'arranged', 'near_far',
+           'in_between', 'surrounded', 'AtWord', 'at_word', 'relation_words', 'fig9_numbers', 'pad_figure', 'pad_odds']
 
 # %% ../nbs/04_steering.ipynb #0f513cbf
 from contextlib import contextmanager
@@ -17,7 +17,6 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from fastcore.basics import patch_to
 
 from PIL import ImageOps
 
@@ -95,31 +94,24 @@ def _hooks(prompts, ends, scale, rule):
     return begin, end, push
 
 # %% ../nbs/04_steering.ipynb #f06d040b
-@patch_to(VLM)
 @contextmanager
-def steer(self,
-    query, # a `Query` or several: the prompts to steer
-    pushes:dict, # {group: push}; a push is a vector, one for each layer as from `ids.step`, or a tuple (to, from) of those
-    layer:int, # 1 to N: the push is added to the residual stream after that many blocks
-    scale:float=5.0, # α
-    rule:str="diff_norm", # one of `RULES`
-):
-    "Move words inside the `with`, wherever a prompt is read: `run`, `model.generate` (while reading only), any call of the model. Raises ValueError for other prompts."
-    self.check_layers([layer])
+def steering(vlm, query, pushes:dict, layer:int, scale:float, rule:str):
+    "What `VLM.steer` does, with its arguments."
+    vlm.check_layers([layer])
     queries = [query] if isinstance(query, Query) else list(query)
     if not isinstance(pushes, dict) or not queries or not pushes: raise ValueError("nothing to steer: give a query and {'subject': ids.step((0, 0), (3, 0))}")
-    ends = [_ends(self, push, layer) for push in pushes.values()]
+    ends = [_ends(vlm, push, layer) for push in pushes.values()]
     if rule == "each_norm" and any(frm is None for _, frm in ends): raise ValueError("the rule 'each_norm' scales both ends: give pushes as tuples (to, from)")
-    begin, end, push = _hooks(_prompts(self, queries, pushes), ends, scale, rule)
-    skipped = self.model.config.get_text_config().cross_attention_layers if self.family.cross and all(q.image is None for q in queries) else ()
-    receiver = next(m for i, m in enumerate(self.receivers[layer - 1:], layer) if i not in skipped)
-    hooks = [self.model.register_forward_pre_hook(begin, with_kwargs=True), self.model.register_forward_hook(end, always_call=True),
+    begin, end, push = _hooks(_prompts(vlm, queries, pushes), ends, scale, rule)
+    skipped = vlm.model.config.get_text_config().cross_attention_layers if vlm.family.cross and all(q.image is None for q in queries) else ()
+    receiver = next(m for i, m in enumerate(vlm.receivers[layer - 1:], layer) if i not in skipped)
+    hooks = [vlm.model.register_forward_pre_hook(begin, with_kwargs=True), vlm.model.register_forward_hook(end, always_call=True),
              receiver.register_forward_pre_hook(push, with_kwargs=True)]
-    self._edits.append(inside := Inside("steer", {}))
+    vlm._edits.append(inside := Inside("steer", {}))
     try:
-        with Eager(): yield self
+        with Eager(): yield vlm
     finally:
-        self._edits.remove(inside)
+        vlm._edits.remove(inside)
         for hook in hooks: hook.remove()
 
 # %% ../nbs/04_steering.ipynb #ad7c8f4b

@@ -10,6 +10,7 @@ __all__ = ['THRESHOLDS', 'first_affected', 'Clean', 'Cells', 'Resumed', 'attenti
 import inspect, time, warnings
 from dataclasses import dataclass, field
 from itertools import groupby
+from numbers import Integral
 from types import MethodType
 
 import numpy as np
@@ -18,7 +19,7 @@ from fastcore.basics import patch
 from tqdm import tqdm
 from transformers import AttentionInterface, DynamicCache
 
-from .hooks import VLM, Query, Run
+from .hooks import VLM, Query, Run, ordered
 from .results import bootstrap
 
 # %% ../nbs/00_sweeps.ipynb #6cbd2907
@@ -286,13 +287,29 @@ def _edits(edits, source, base):
     if not base: raise ValueError("there are no queries to sweep: give at least one")
     if wrong := [q for q in base if not isinstance(q, Query)]: raise ValueError(f"a question is a Query(image, template, words, answers), not a {type(wrong[0]).__name__}")
     if any(not q.answers for q in base): raise ValueError("a query has no answers to watch: give Query(..., answers=('left', 'right'))")
-    if not isinstance(edits, dict) or not edits: raise ValueError("there are no edits to sweep: give edits={'name': group} or {'name': (group, function)}")
+    if not isinstance(edits, dict): edits = _named(edits)
+    if not edits:
+        raise ValueError("there are no edits to sweep: give edits={'name': group} or {'name': (group, function)}")
     is_pair = lambda e: isinstance(e, tuple) and len(e) == 2 and (callable(e[1]) or hasattr(e[1], "ndim"))
     found = {name: (e[0], _as_edit(name, e[1])) if is_pair(e) else (e, None) for name, e in edits.items()}
+    for name, rows in [(name, e[1]) for name, e in edits.items() if is_pair(e) and not callable(e[1])]:
+        if rows.ndim == 3 and len(rows) != len(base):
+            raise ValueError(f"the edit '{name}' has rows for {len(rows)} queries of {len(base)}: give rows for each, "
+                             "or (rows, width) for all")
     swaps = [name for name, (_, new) in found.items() if new is None]
     if swaps and source is None: raise ValueError(f"{', '.join(swaps)}: nothing to swap with, give source=[...], or (group, function) as an edit")
     if source is not None and len(source) != len(base): raise ValueError(f"{len(base)} base queries but {len(source)} source queries: give one for each")
     return found
+
+def _named(groups):
+    "{name: group} of one group, or of several in a list, which go by what they are. Raises ValueError for functions."
+    groups, named = ordered(groups, "groups") if isinstance(groups, (list, set, frozenset)) else (groups,), {}
+    for group in groups:
+        parts = group if isinstance(group, tuple) else (group,)
+        if any(not isinstance(part, (str, Integral)) for part in parts):
+            raise ValueError("an edit with a function or with rows needs a name: give edits={'name': (group, new)}")
+        named[" and ".join(map(str, parts))] = group
+    return named
 
 def _as_edit(name, new):
     "A function of (rows, layer, samples) from one of that kind, from one of the rows alone, or from rows to write. ValueError where what it gives does not fit."
@@ -321,7 +338,8 @@ def sweep(
     vlm:VLM,
     base, # queries with answers
     source=None, # as many queries of the same length, whose rows are swapped in
-    edits:dict=None, # {name: group} to swap rows, or {name: (group, new)}: new rows, or a function of rows (b, P, d), or of (rows, layer, samples)
+    edits:dict=None, # {name: group} to swap rows, or a list of groups; {name: (group, new)}: new rows, or a function
+                     # of the rows (b, P, d), or of (rows, layer, samples)
     layers=None, # 1 to N (None: all)
     *,
     memory:float|None=None, # bytes to work in, about (None: 2e9; on a CPU 2e8, a third faster there)
@@ -331,13 +349,17 @@ def sweep(
 ) -> Sweep:
     "Make every edit at every layer for every query: the exact answers. Eq. 1, Alg. 1. ValueError for queries that cannot be swapped."
     vlm._check_clean()
-    began, (base, source) = time.time(), ([q] if isinstance(q, Query) else q and list(q) for q in (base, source))
+    began = time.time()
+    base, source = ([q] if isinstance(q, Query) else q and list(ordered(q, "queries")) for q in (base, source))
     edits, layers = _edits(edits or {}, source, base), vlm.check_layers(layers) or list(range(1, vlm.n_layers + 1))
     if not (fast := vlm.family.fast and not plain) and not plain: _say_plain(vlm)
     answer_ids, out, kept = vlm._pad_ids(base, "cpu"), {}, {}
     memory = memory or (2e8 if vlm.device.type == "cpu" else 2e9)
     def write(name, layer, samples, found): # logits (b, V)
         run = Run(found.to("cpu", torch.promote_types(found.dtype, torch.float32)), {}, {}, None, [], answer_ids[samples])
+        if (bad := run.log_probs.isnan().flatten(1).any(1)).any():
+            where = f"the logits after the edit '{name}' at layer {layer}" if layer else "the logits"
+            raise vlm.not_finite(samples.start + int(bad.int().argmax()), where)
         for target, value in ((out, run.log_probs), *[(kept, run.logits)] * logits):
             if name not in target: target[name] = value.new_empty(len(layers) if layer else 1, len(base), value.shape[1])
             target[name][layers.index(layer) if layer else 0, samples] = value

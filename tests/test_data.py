@@ -17,6 +17,7 @@ from spatialid.results import bootstrap, rng
 pixels = lambda im: np.asarray(im).astype(int)
 
 
+@pytest.mark.slow
 def test_every_object_is_drawn_and_differs_from_the_others_at_10_px():
     objects = Objects()
     seen = {}
@@ -327,6 +328,7 @@ def test_bad_input_is_named(tmp_path):
     with pytest.raises(ValueError, match="fewest, most"): FreeScenes(5, things=(3, 2))
 
 
+@pytest.mark.slow
 def test_the_benchmark_is_written_by_one_command(tmp_path, capsys):
     from spatialid.rerun import main
     assert main(["benchmark", str(tmp_path / "b"), "--rows", "12", "--px", "96"]) == 0

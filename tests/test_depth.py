@@ -152,6 +152,7 @@ def test_spellings_in_use():
 # --- questions
 
 @pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.slow
 def test_both_questions_are_about_one_pair_and_true(flat):
     source = FreeScenes(40, seed=4, flat=flat)
     found, places = dp.both_questions(source, 12, seed=1)
@@ -317,6 +318,7 @@ def test_the_null_deals_depths_within_each_height():
 
 # --- the bundled organism
 
+@pytest.mark.slow
 def test_first_tokens_and_whole_answers_on_the_organism():
     vlm, n = VLM.load("llava-tiny"), 3
     queries = dp.both_questions(FreeScenes(100, seed="depth test"), n)[0]["front_behind"]

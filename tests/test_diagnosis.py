@@ -69,6 +69,7 @@ def test_harder_scenes_keep_their_layout():
 
 # --- questions and places
 
+@pytest.mark.slow
 def test_cases_are_one_to_a_picture_with_the_boxes_of_their_rows(benchmark):
     found = dg.cases(benchmark)
     assert len({row.image_id for row in found.rows}) == len(found)
@@ -459,6 +460,7 @@ def test_a_repair_is_chosen_and_reported(llava, asked):
 
 # --- the whole, on the bundled model
 
+@pytest.mark.slow
 def test_a_damaged_readout_is_named_and_the_model_is_whole_afterwards(tmp_path):
     vlm = VLM.load("llava-tiny")
     ids, asked = dg.quick_ids(vlm, 4, pairs=3), dg.cases(Benchmark(write_benchmark(tmp_path, 110, seed="test diagnosis")), 70)

@@ -119,6 +119,7 @@ TEMPLATE = "Is the {subject} to the left or right of the {object}?"
 
 
 @pytest.mark.parametrize("protocol", ["paper", "released"])
+@pytest.mark.slow
 def test_running_sums_equal_storing_everything_in_double(double, protocol):
     scenes = subsample(squares(PAIRS[:3]), 3)
     ids = extract(double, scenes, protocol=protocol, batch_size=16, pair_layers=[2], progress=False)
@@ -680,6 +681,7 @@ ids.save({result!r})
 """
 
 
+@pytest.mark.slow
 def test_a_killed_process_resumes_bit_identically(tmp_path):
     def start(name, checkpoint, pause):
         script = SCRIPT.format(tests=str(Path(__file__).parent), checkpoint=str(tmp_path / checkpoint), result=str(tmp_path / name), pause=pause)

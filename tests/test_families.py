@@ -11,6 +11,7 @@ SHOWN = json.loads((Path(__file__).parents[1] / "results" / "families.json").rea
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.slow
 def test_parity(family):
     found, key = rows([family]), lambda row: (row["medium"], row["check"], row["ok"], row["limit"])
     assert not [row for row in found if not row["ok"]]

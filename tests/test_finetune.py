@@ -260,6 +260,7 @@ def test_the_trainer_does_the_same(tmp_path):
 
 # --- the entry point
 
+@pytest.mark.slow
 def test_the_loss_teaches_places(folders):
     s = replace(SMALL, steps=60, every=30, lr=1e-2)
     learnt, control = (finetune(VLM(*tiny_llava(seed=3), "tiny"), folders["pictures"], folders["benchmark"], random_ids(), None, replace(s, weight=w), progress=False) for w in (20., 0.))
@@ -334,6 +335,7 @@ def start(out, folders, launcher=(), **env):
 def state(out): return json.loads((out / "log.json").read_text()), load_file(out / "checkpoint.safetensors")
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_bit_identically_and_two_processes_are_one(tmp_path, folders):
     whole, cut, two = tmp_path / "whole", tmp_path / "cut", tmp_path / "two"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29571"]
@@ -360,6 +362,7 @@ def test_a_killed_run_goes_on_bit_identically_and_two_processes_are_one(tmp_path
 
 # --- arms and statistics
 
+@pytest.mark.slow
 def test_arms_start_from_the_same_weights_and_a_second_call_goes_on(tmp_path, folders, monkeypatch):
     model = stored(tmp_path / "llava", "llava")
     s = replace(SMALL, steps=2, every=2, lr=1e-2)

@@ -2,17 +2,19 @@
 import copy
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from transformers import AutoConfig, LlavaConfig
 
 from spatialid import hooks as library
+from spatialid.pictures import as_seen
 from spatialid.hooks import FAMILIES, HUB, Query, VLM, find_checkpoint, locate
-from tiny import CHAT, tiny, tiny_llava
+from tiny import CHAT, overflowing, tiny, tiny_llava, tiny_tokenizer
 
 LR = "Is the {subject} to the left or right of the {object}?"
 
@@ -690,3 +692,158 @@ def test_runs_of_two_threads_do_not_meet(vlm):
         together = list(pool.map(lambda q: vlm.run(q, [2], "subject").residual(2), queries))
     assert all(torch.equal(a, b) for a, b in zip(alone, together))
     assert copy.deepcopy(vlm).run(queries[0]).logits.equal(vlm.run(queries[0]).logits)
+
+
+# What goes in, what comes out --------------------------------------------------------------------------------------
+
+def test_logits_that_are_not_finite_are_no_beliefs(tmp_path):
+    half = VLM(*overflowing(), "half")
+    words = replace(ask(), image=None)
+    assert half.run(words).beliefs, "only a picture overflows"
+    with pytest.raises(ValueError, match="half for query 1 are not finite: float16 ends at 65,504, so load it with"):
+        half.run([words, ask()], batch_size=1)
+    with pytest.raises(ValueError, match="half for query 0 are not finite"): half.check()
+    for part in overflowing(): part.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="not finite"): VLM.load(tmp_path, device="cpu", dtype="fp16")
+    assert VLM.load(tmp_path, device="cpu", dtype="bf16").run(ask()).logits.isfinite().all()
+
+
+def test_what_a_patch_makes_infinite_is_found(vlm):
+    with vlm.patch({2: ("last", lambda rows: rows / 0)}):
+        with pytest.raises(ValueError, match="not finite: float32 is wide enough, so its weights or what was written"):
+            vlm.run(ask())
+    with vlm.patch({4: ("subject", torch.full((32,), torch.inf))}): # behind all blocks: no logit sees it
+        assert vlm.run(ask()).logits.isfinite().all()
+        with pytest.raises(ValueError, match="the rows at layer 4 of tiny for query 0 are not finite"):
+            vlm.run(ask(), [4], "subject")
+
+
+def other_template(vlm): vlm.processor.chat_template = CHAT.replace("USER", "U").replace("| upper", "| lower")
+def no_template(vlm): vlm.processor.chat_template = None
+def other_tokenizer(vlm): vlm.processor.tokenizer = tiny_tokenizer("bytes")
+def more_tokens(vlm): vlm.tokenizer.add_tokens(["left or right"])
+
+
+@pytest.mark.parametrize("change", [other_template, no_template, other_tokenizer, more_tokens])
+def test_prompts_follow_the_chat_template_and_the_tokenizer(change):
+    seen, fresh = (VLM(*tiny_llava(), "tiny") for _ in range(2))
+    before = seen.layout(ask()), seen.answer_ids(ask())
+    for vlm in (seen, fresh): change(vlm)
+    for query in (ask(), ask(1, "umbrella", "hot dog")):
+        assert seen.layout(query) == fresh.layout(query) and seen.answer_ids(query) == fresh.answer_ids(query)
+        assert seen.encode([query])["input_ids"].equal(fresh.encode([query])["input_ids"])
+    assert before != (seen.layout(ask()), seen.answer_ids(ask()))
+
+
+@pytest.mark.parametrize("kwargs", [{"dtype": "bf16"}, {"torch_dtype": torch.bfloat16}, {"dtype": torch.bfloat16},
+                                    {"torch_dtype": "bfloat16"}, {"dtype": "torch.bfloat16", "torch_dtype": "bf16"}])
+def test_every_spelling_of_a_type_is_taken(saved, kwargs):
+    assert VLM.load(saved, device="cpu", **kwargs).model.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("kwargs,message", [
+    ({"dtype": "float17"}, "no type of weights is called 'float17': there are float16, bfloat16"),
+    ({"torch_dtype": torch.int8}, "no type of weights is called torch.int8"),
+    ({"dtype": "load"}, "no type of weights is called 'load'"),
+    ({"dtype": "float32", "torch_dtype": "bf16"}, "dtype='float32' and torch_dtype='bf16' differ"),
+])
+def test_other_types_are_refused(saved, kwargs, message):
+    with pytest.raises(ValueError, match=message): VLM.load(saved, device="cpu", **kwargs)
+
+
+def opened(image, path, **kwargs):
+    "A picture as it comes back from a file."
+    image.save(path, **kwargs)
+    return Image.open(path)
+
+
+def test_pictures_are_read_as_a_viewer_shows_them(vlm, tmp_path):
+    plain, grey = picture(0), picture(0).convert("L")
+    exif = Image.Exif()
+    exif[0x112] = 6 # stored on its side: to be turned by 90 degrees
+    alpha = Image.fromarray(np.random.default_rng(1).integers(0, 2, (20, 20), dtype=np.uint8) * 255)
+    clear, cut = plain.copy(), plain.copy()
+    clear.putalpha(alpha)
+    cut.paste("white", mask=alpha.point(lambda a: 255 - a))
+    deep = Image.fromarray(np.asarray(grey, dtype=np.uint16) * 257)
+    palette = Image.fromarray(np.asarray(alpha) // 255).convert("P")
+    palette.putpalette([200, 0, 0, 0, 90, 0])
+    pairs = {"16 bits": (opened(deep, tmp_path / "d.png"), grey), "TIFF": (opened(deep, tmp_path / "d.tiff"), grey),
+             "turned": (opened(plain.rotate(90), tmp_path / "t.png", exif=exif), plain),
+             "hidden colour": (opened(clear, tmp_path / "c.png"), cut),
+             "grey, hidden": (opened(clear.convert("LA"), tmp_path / "l.png"), cut.convert("L")),
+             "palette": (opened(palette, tmp_path / "p.png", transparency=0), on_white(palette))}
+    for name, (given, shown) in pairs.items():
+        ours, theirs = (np.asarray(image, int) for image in (as_seen(given), shown.convert("RGB")))
+        assert np.abs(ours - theirs).max() <= (name == "grey, hidden"), name
+        query, wanted = (vlm.encode([replace(ask(), image=i)])["pixel_values"] for i in (given, shown))
+        assert torch.allclose(query, wanted, atol=.01), name
+    film = VLM(*tiny("qwen2_vl")), [replace(ask(), image=[i] * 2) for i in (clear, cut)]
+    assert torch.equal(*(film[0].encode([q])["pixel_values_videos"] for q in film[1]))
+    for mode in ("I", "F"):
+        with pytest.raises(ValueError, match="without an agreed range"):
+            vlm.run(replace(ask(), image=grey.convert(mode)))
+
+
+def on_white(palette):
+    "Colour 0 of a palette made white."
+    palette = palette.copy()
+    palette.putpalette([255, 255, 255, *palette.getpalette()[3:]])
+    return palette
+
+
+def test_a_turned_picture_is_turned_before_it_is_mirrored(tmp_path):
+    exif = Image.Exif()
+    exif[0x112] = 6
+    query = ask()
+    turned = replace(query, image=opened(query.image.rotate(90), tmp_path / "t.png", exif=exif))
+    assert np.array_equal(as_seen(ImageOps.mirror(turned.image)), ImageOps.mirror(query.image))
+    assert query.image is ask_again(query).image, "others are the very pictures given"
+
+
+def ask_again(query): return replace(query, truth="left")
+
+
+@pytest.mark.parametrize("make", [
+    lambda v: Query(None, "Left?", answers={"left", "right"}),
+    lambda v: Query(None, "Left?", answers=frozenset(("left", "right"))),
+    lambda v: v.run({ask(0), ask(1)}),
+    lambda v: v.run(ask(), [1], {"subject", "object"}),
+    lambda v: v.positions(ask(), {"subject", "object"}),
+])
+def test_what_has_no_order_is_refused(vlm, make):
+    with pytest.raises(ValueError, match="in a set have no order of their own: give them in a list"): make(vlm)
+
+
+@pytest.mark.parametrize("make,message", [
+    (lambda v: v.run(ask(), batch_size=-1), "batch_size is a whole number of queries from 1, not -1"),
+    (lambda v: v.run(ask(), batch_size=2.5), "batch_size is a whole number of queries from 1, not 2.5"),
+    (lambda v: Query(None, "Which?", answers=(1, 2)), "the answer 1 is no word"),
+    (lambda v: Query(None, "A {subject}", {"subject": 1}), "the word for {subject} is a int"),
+    (lambda v: Query(None, "A { brace"), "a brace that marks no word"),
+    (lambda v: Query(None, "A } brace"), "a brace that marks no word"),
+    (lambda v: Query(None, "A {subject:>8}", {"subject": "cup"}), "formats its mark {subject}"),
+    (lambda v: v.run(ask(answers=("left",))).logit_diff, "a logit difference needs two answers"),
+    (lambda v: v.run([ask(answers=("left",)), ask()]).logit_diff, "a logit difference needs two answers"),
+    (lambda v: v.run(ask(), at="verb"), "'verb' is not a marked word"),
+    (lambda v: v.run(ask(), [1.5]), "whole numbers from 1 to 4, not 1.5"),
+    (lambda v: v.run(ask(), torch.tensor([1, 9])), "no layer 9"),
+])
+def test_another_mistake_is_one_clear_sentence(vlm, make, message):
+    with pytest.raises(ValueError) as error: make(vlm)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_layers_come_in_arrays_and_braces_in_templates(vlm):
+    for layers in (np.arange(1, 3), torch.arange(1, 3), range(1, 3), (np.int64(1), 2)):
+        assert list(vlm.run(ask(), layers, "last").residuals) == [1, 2]
+    assert list(vlm.run(ask(), torch.tensor(2), "last").residuals) == [2]
+    assert Query(None, "{{a}} {subject}", {"subject": "cup"}).text == "{a} cup"
+
+
+@pytest.mark.parametrize("function", [lambda rows: None, lambda rows: rows[..., :3], lambda rows: 0.])
+def test_a_function_that_returns_no_rows_says_so(vlm, function):
+    with vlm.patch({2: ("subject", function)}):
+        with pytest.raises(ValueError, match="the patch of 'subject' at layer 2 gives .* for rows"): vlm.run(ask())
+    with pytest.raises(ValueError, match="edits are .layer: .group, new"):
+        with vlm.patch([("subject", torch.zeros(32))]): pass

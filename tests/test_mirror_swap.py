@@ -54,6 +54,7 @@ def test_questions_are_in_one_wording_and_order(base):
     assert asked[0].text == base[0].text + " Answer left or right."
 
 
+@pytest.mark.slow
 def test_the_benchmark_gives_one_question_for_each_image(tmp_path):
     rows = Benchmark(write_benchmark(tmp_path, 40, px=32))
     questions = ms.left_right(rows, 1000)

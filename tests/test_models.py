@@ -28,6 +28,7 @@ def tiny(monkeypatch, tmp_path):
     monkeypatch.setenv("SPATIALID_RESULTS", str(tmp_path))
 
 
+@pytest.mark.slow
 def test_checkpoints_are_the_states_of_the_run(run, tiny):
     found = checkpoints("llava-tiny", run, every=2)
     assert [(e["stage"], e["step"]) for e in found] == [("place", 2), ("place", 4)], "only stages with relations"
@@ -38,6 +39,7 @@ def test_checkpoints_are_the_states_of_the_run(run, tiny):
     assert vlm.weight_hash != restored("llava-tiny", weights_of(run, found[0])).weight_hash
 
 
+@pytest.mark.slow
 def test_a_trace_goes_on_where_it_stopped(run, tiny, monkeypatch):
     asked = []
     def stops(vlm, **options):
@@ -62,6 +64,7 @@ def test_points_are_in_the_order_of_training(run, tiny, monkeypatch):
     assert steps(trace("llava-tiny", run, every=2)) == [2, 4]
 
 
+@pytest.mark.slow
 def test_point_is_what_notebook_04_measures():
     vlm = VLM.load("llava-tiny")
     one = point(vlm, n=12, pairs=2)

@@ -8,7 +8,7 @@ from PIL import Image
 from spatialid.data import Objects, background, read_video, write_video
 from spatialid.hooks import VLM, Query
 from spatialid.mirror_swap import recolour
-from spatialid.pictures import as_seen, upright
+from spatialid.pictures import as_seen, eight_bits
 from tiny import tiny_llava
 
 WHITE, RED, BLUE = (255, 255, 255), (255, 0, 0), (0, 0, 255)
@@ -42,7 +42,7 @@ def test_a_photograph_is_turned_as_its_exif_data_say():
 def test_sixteen_bits_are_scaled(value):
     "All above 255 was white before."
     image = reopened(Image.fromarray(np.full((2, 2), value, np.uint16)), "PNG")
-    assert image.mode.startswith("I;16") and as_seen(image).getpixel((1, 1)) == (value // 257,) * 3
+    assert image.mode.startswith("I;16") and as_seen(image).getpixel((1, 1)) == (round(value / 257),) * 3
 
 
 @pytest.mark.parametrize("mode", ["I", "F"])
@@ -69,7 +69,7 @@ def test_what_is_transparent_is_white():
 
 def test_an_ordinary_picture_is_not_touched():
     image = Image.effect_noise((16, 16), 50).convert("RGB")
-    assert as_seen(image).tobytes() == image.tobytes() and upright(image.convert("L")).mode == "L"
+    assert as_seen(image).tobytes() == image.tobytes() and eight_bits(image.convert("L")).mode == "L"
 
 
 def test_folders_of_pictures_show_what_a_viewer_shows(tmp_path):

@@ -359,6 +359,7 @@ def processed(tmp_path_factory):
     return json.loads(made.stdout.splitlines()[-1]), page, index
 
 
+@pytest.mark.slow
 def test_pages_are_processed_up_to_the_render(processed):
     problems, page, index = processed
     assert problems == []
@@ -367,6 +368,7 @@ def test_pages_are_processed_up_to_the_render(processed):
     assert signatures and all(cell.outputs for cell in signatures)
 
 
+@pytest.mark.slow
 def test_a_cell_with_an_import_in_it_keeps_the_output_it_was_saved_with(processed):
     _, page, _ = processed
     assert [cell.outputs[0].text for cell in page.cells[-3:]] == ["as saved\n"] * 3
@@ -385,6 +387,7 @@ def test_the_imports_of_a_cell(source, expected):
 # --- every notebook runs
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+@pytest.mark.slow
 def test_notebook_runs(path, tmp_path, monkeypatch):
     """In a kernel of its own, on the bundled model, from top to bottom.
 

@@ -110,6 +110,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_a_process_ends_with_the_one_that_began_it(tmp_path):
     (tmp_path/"beginner.py").write_text(BEGINNER)
     with subprocess.Popen([sys.executable, str(tmp_path/"beginner.py")], stdout=subprocess.PIPE, text=True) as beginner:
@@ -143,6 +144,7 @@ def test_dead_kernel(lab, capsys):
     assert "the kernel died" in fails(capsys, 1, "run", "1")
 
 
+@pytest.mark.slow
 def test_reproduce_continues_after_ctrl_c(lab):
     lab.notebook("01_a", 'open("a.log", "a").write("ran\\n")')
     lab.notebook("02_b", "import time, pathlib\npathlib.Path('started').touch()\nif not pathlib.Path('go').exists(): time.sleep(120)")
@@ -171,6 +173,7 @@ from spatialid.results import save_results
 save_results(model, '{me}', {{}}, {{}})"""
 
 
+@pytest.mark.slow
 def test_small_models_run_side_by_side(lab, capfd, monkeypatch):
     "Two notebooks that wait for each other end; each record names its own files; what needs the IDs of notebook 03 comes after it; their bars do not mix."
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
@@ -187,6 +190,7 @@ def test_small_models_run_side_by_side(lab, capfd, monkeypatch):
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.slow
 def test_whatever_ends_reproduce_ends_the_kernels_too(lab, how):
     for name in ("01_a", "02_b"): lab.notebook(name, "import os, time; open('%s.pid', 'w').write(str(os.getpid()))\ntime.sleep(120)" % name, parameters='model = "llava-tiny"')
     run = lab.start("reproduce", "--models", "llava-tiny")
@@ -200,12 +204,14 @@ def test_whatever_ends_reproduce_ends_the_kernels_too(lab, how):
     assert kernels and not any(k.exists() for k in kernels)
 
 
+@pytest.mark.slow
 def test_a_killed_worker_is_one_sentence(lab, capsys):
     lab.notebook("01_a", "import os, signal, time; os.kill(os.getppid(), signal.SIGKILL); time.sleep(60)")
     err = fails(capsys, 1, "reproduce", "--models", lab.toy)
     assert "01_a · toy was killed" in err and "the same command continues" in err
 
 
+@pytest.mark.slow
 def test_done_depends_on_code_weights_and_files(lab):
     lab.notebook("01_a", 'from spatialid.results import save_results\nsave_results(model, "01_a", {"n": n}, {})')
     path = rerun.find_notebook("1")
@@ -228,6 +234,7 @@ def test_done_depends_on_code_weights_and_files(lab):
     assert not rerun.is_done(path, lab.toy)
 
 
+@pytest.mark.slow
 def test_failure_does_not_stop_the_others(lab, capsys):
     lab.notebook("01_a", "1/0")
     lab.notebook("02_b", "1")
@@ -341,6 +348,7 @@ def test_a_figure_stands_on_the_page_under_its_heading(lab):
     assert "![Where it is (one)](../results/toy/one.png)" in rerun.model_page("toy")
 
 
+@pytest.mark.slow
 def test_a_quick_run_leaves_what_a_full_one_wrote(lab, capsys):
     save = "from spatialid.results import save_results\nsave_results(model, '01_a', {'claims': {'x': dict(value=1, low=1, high=1, n=1)}}, {'params': {'quick': quick}})"
     lab.notebook("01_a", save, parameters='model = "toy"\nquick = False')
@@ -362,6 +370,7 @@ save_results(model, name, {"n": n, "before": before}, {"params": {"quick": quick
 """
 
 
+@pytest.mark.slow
 def test_a_model_in_short(lab, capsys):
     "Only 02 to 04, with quick=True, into a folder of their own; a short run reads what short runs wrote; the same command again does nothing."
     for name, n in (("02_mirror_swap", 1), ("03_extraction", 3), ("04_steering", 2), ("05_depth", 4)):
@@ -400,6 +409,7 @@ def test_models_take_turns(lab, monkeypatch):
     assert asked == [(turns("llava-tiny", "gemma3-tiny"), 2), (turns("toy", "other"), 1)]
 
 
+@pytest.mark.slow
 def test_the_claims_of_several_models_are_one_table(lab, capsys):
     "A column for each model with what was measured on itself: a number of the model that a rule names counts there alone. One model of pictures keeps the long form."
     lab.notebook("01_a", "print(model)")
@@ -419,6 +429,7 @@ def test_the_claims_of_several_models_are_one_table(lab, capsys):
     assert "1 holds, 1 does not hold, 0 not judged, 0 not yet run (measured on toy: 1, other: 1)" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_several_models_are_compared_at_the_end(lab, capsys):
     lab.notebook("01_a", "print(model)")
     lab.notebook("13_models", f"open(r'{lab.root}/compared', 'w').write('yes')", parameters="seed = 0")

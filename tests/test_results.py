@@ -88,7 +88,8 @@ def test_wilsons_interval_covers_shares_up_to_the_edge_where_a_bootstrap_does_no
     from scipy.stats import binom
     p = np.linspace(.01, .99, 99)[:, None]
     def covered(interval):
-        low, high = np.array([[one["low"], one["high"]] for k in range(n + 1) for one in [interval(np.arange(n) < k)]]).T
+        found = [interval(np.arange(n) < k) for k in range(n + 1)]
+        low, high = np.array([[one["low"], one["high"]] for one in found]).T
         return (binom.pmf(np.arange(n + 1), n, p) * ((low <= p) & (p <= high))).sum(1)
     of_wilson, of_bootstrap = covered(wilson), covered(lambda hits: bootstrap(hits, n=400))
     assert of_wilson.min() > .82 and of_wilson.mean() > .94

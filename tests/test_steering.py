@@ -97,7 +97,7 @@ def test_generation_with_a_cache_is_plain_hooks(family):
     wanted, said_steered = by_hooks(vlm, batch, layer, where, v, 3, "diff_norm", 4)
     state = {k: t.clone() for k, t in vlm.model.state_dict().items()}
     settings = dict(max_new_tokens=4, min_new_tokens=4, do_sample=False, return_dict_in_generate=True, output_logits=True, suppress_tokens=unsaid(vlm))
-    with vlm.steer(queries, {"subject": vector(vlm)}, layer=layer, scale=3):
+    with vlm.steer(queries, {"subject": vector(vlm)}, layer=layer, scale=3, rule="diff_norm"):
         out = vlm.model.generate(**batch, **settings)
         run = vlm.run(queries)
     found = torch.stack(out.logits, 1) # float32, whatever the model is
@@ -147,7 +147,7 @@ def test_many_queries_in_any_batches(llava):
 def test_captured_rows_are_the_steered_ones(llava):
     query, v = ask(), vector(llava)[1]
     before = llava.run(query, [2], "subject").residual(2)
-    with llava.steer(query, {"subject": v}, layer=2, rule="raw", scale=1): after = llava.run(query, [2], "subject").residual(2)
+    with llava.steer(query, {"subject": v}, layer=2): after = llava.run(query, [2], "subject").residual(2)
     assert torch.allclose(after - before, v.expand_as(before), atol=1e-12)
 
 
@@ -263,6 +263,7 @@ def test_opposing_pushes_oppose_the_belief():
     assert frm.tolist() == [[[0, 0], [3, 0]], [[3, 0], [0, 0]], [[0, 3], [0, 0]]] and np.array_equal(to, frm[:, ::-1])
 
 
+@pytest.mark.slow
 def test_questions_have_one_wording_and_order_and_their_own_pictures(tmp_path):
     scenes = FreeScenes(1000, seed="test", px=32)
     found = st.questions(scenes, 6)

@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import tiny, tiny_llava
+from tiny import overflowing, tiny, tiny_llava
 
-import spatialid.steering # VLM.steer  # noqa: F401 (adds VLM.steer)
 from spatialid.hooks import VLM, Query
 from spatialid.sweeps import Batch, Shift, Sweep, add, first_affected, in_float64, sweep
 
@@ -103,6 +102,7 @@ def test_little_memory_gives_the_same_in_more_pieces(llava, monkeypatch):
     assert len(calls) - whole > 10 * whole and largest(one, many) < 1e-12
 
 
+@pytest.mark.slow
 def test_more_queries_do_not_need_more_memory(llava):
     "The number of live numbers after a sweep's pieces does not grow: nothing of one piece survives into the next."
     def peak(n):
@@ -220,7 +220,12 @@ def test_the_forms_an_edit_may_have(llava):
     for wrong in (lambda h: None, lambda h: h[..., :3], lambda h: h[:, :1].expand(-1, 3, -1)):
         with pytest.raises(ValueError, match="the edit 'x' gives"): sweep(llava, base, edits={"x": ("objects", wrong)})
     with pytest.raises(ValueError, match="vectors for the layers .1., not for 2"): sweep(llava, base, edits={"x": ("subject", add({1: rows[0]}))})
-    with pytest.raises(ValueError, match="no edits"): sweep(llava, base, edits=["image"])
+    with pytest.raises(ValueError, match="image: nothing to swap with"): sweep(llava, base, edits=["image"])
+    with pytest.raises(ValueError, match="no edits"): sweep(llava, base, edits=[])
+    with pytest.raises(ValueError, match="with a function or with rows needs a name"):
+        sweep(llava, base, edits=[("objects", rows)])
+    with pytest.raises(ValueError, match="rows for 1 queries of 2"):
+        sweep(llava, [base, base], edits={"x": ("objects", rows[None])})
     with pytest.raises(ValueError, match="word='left' is no index"): sweep(llava, base, base, {"x": "image"}).shift("x", word="left")
     one = Query(base.image, base.template, base.words, "left", "left")
     with pytest.raises(ValueError, match="needs two answers"): sweep(llava, one, one, {"x": "image"}).shift("x")
@@ -317,3 +322,24 @@ def test_a_model_in_training_is_swept_without_dropout(plain):
     getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     swept = sweep(vlm, base, source, SWAPS, plain=plain)
     assert all(torch.equal(swept.log_probs[n], wanted.log_probs[n]) for n in swept.names) and model.training
+
+
+def test_a_list_of_groups_goes_by_their_names(llava):
+    base, source = questions(2, 0, ["cup", "star"]), questions(2, 1, ["cup", "star"])
+    listed = sweep(llava, base, source, ["image", ("subject", "last"), -2], [2])
+    named = sweep(llava, base, source, {"image": "image", "subject and last": ("subject", "last"), "-2": -2}, [2])
+    assert listed.names == named.names and all(listed.log_probs[n].equal(named.log_probs[n]) for n in named.names)
+    assert sweep(llava, base, source, "image", [2]).log_probs["image"].equal(named.log_probs["image"])
+    for sets in (dict(edits={"image", "text"}), dict(edits={"x": {"image", "text"}})):
+        with pytest.raises(ValueError, match="in a set have no order"): sweep(llava, base, source, **sets)
+    with pytest.raises(ValueError, match="queries in a set have no order"): sweep(llava, {*base}, source, ["image"])
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_numbers_that_overflow_are_no_beliefs(llava, plain):
+    base, source = questions(2, 0, ["cup", "star"]), questions(2, 1, ["cup", "star"])
+    burst = {"steady": ("last", lambda rows: rows), "burst": ("last", lambda rows, layer, i: rows / (layer != 2))}
+    with pytest.raises(ValueError, match="not finite"): sweep(llava, base, edits=burst, plain=plain)
+    half = VLM(*overflowing(), "half")
+    with pytest.raises(ValueError, match="half for query 0 are not finite: float16 .* dtype='bfloat16'"):
+        sweep(half, base, source, ["image"], plain=plain)

@@ -21,6 +21,7 @@ SCENES = FreeScenes(40, seed=5, px=32, things=(2, 3))
 
 # --- videos
 
+@pytest.mark.slow
 def test_a_passing_video_reversed_is_one_of_the_other_order():
     for i in range(20):
         video = tm.passing(SCENES[i], 0)
@@ -170,6 +171,7 @@ def test_moments():
 # --- the notebook
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "video_llama_3"])
+@pytest.mark.slow
 def test_the_notebook_runs_for_other_families(family, tmp_path, monkeypatch):
     "Random weights, loaded from a folder as any model: nothing is judged where the model knows nothing. LLaVA-OneVision is the bundled one."
     model, processor = tiny(family)
@@ -183,6 +185,7 @@ def test_the_notebook_runs_for_other_families(family, tmp_path, monkeypatch):
     for figure in ("fig10a", "fig10b", "fig10c", "figA13", "figA17"): assert (tmp_path / "results" / folder.name / "quick" / f"{figure}.png").stat().st_size > 5000
 
 
+@pytest.mark.slow
 def test_the_notebook_asks_about_files_in_the_format_of_mvbench(tmp_path, monkeypatch):
     "Videos as mp4, read back: a missing one is named and left out, and Figures 10A and 10C are of the others."
     monkeypatch.setenv("SPATIALID_RESULTS", str(tmp_path))
@@ -194,6 +197,7 @@ def test_the_notebook_asks_about_files_in_the_format_of_mvbench(tmp_path, monkey
     assert found["fig10c"]["swapped"]["noise"]["n"] == 3 and found["fig10c"]["from_files"] is None
 
 
+@pytest.mark.slow
 def test_a_picture_model_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("SPATIALID_RESULTS", str(tmp_path))
     with pytest.raises(rerun.RunError, match="takes no videos"): rerun.run_notebook(rerun.find_notebook("08"), "llava-tiny", quick=True)

@@ -43,6 +43,14 @@ def tiny_llava(blocks=4, width=32, px=16, patch=4, chat=CHAT, kind="metaspace", 
     return t.LlavaForConditionalGeneration(config).eval().to(dtype), processor
 
 
+def overflowing():
+    "(model, processor) as from `tiny_llava`, in half precision, whose pictures leave the projector as infinities."
+    model, processor = tiny_llava(dtype=torch.float16)
+    with torch.no_grad(): model.model.multi_modal_projector.linear_2.weight.fill_(6e4)
+    with torch.no_grad(): model.model.multi_modal_projector.linear_1.bias.fill_(1e2)
+    return model, processor
+
+
 # Parts ------------------------------------------------------------------------------------------------------------------------------------
 
 VISION = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
