@@ -6,7 +6,7 @@
 __all__ = ['GLYPHS', 'OBJECTS', 'COLOURS', 'LEFT_RIGHT', 'ABOVE_BELOW', 'KINDS', 'MARGIN', 'PLACES', 'BEFORE_AFTER',
            'VIDEO_KINDS', 'TIMES', 'STAMPS', 'SCENES', 'Objects', 'own_colour', 'paste', 'noise_background',
            'background', 'grid_pairs', 'GridScene', 'GridScenes', 'Thing', 'relation', 'between', 'place', 'Scene',
-           'question_texts', 'FreeScenes', 'write_benchmark', 'Row', 'Benchmark', 'moment', 'Video', 'Videos',
+           'question_texts', 'FreeScenes', 'write_benchmark', 'Row', 'single', 'Benchmark', 'moment', 'Video', 'Videos',
            'GridVideo', 'GridVideos', 'write_video', 'read_video', 'stamped', 'write_mvbench', 'SceneRow', 'MVBench']
 
 # %% ../nbs/01_data.ipynb #3c66032d
@@ -119,11 +119,20 @@ def _files(folder, *endings):
     if not found: raise FileNotFoundError(f"the folder {str(folder)!r} holds no {' or '.join(endings)} file")
     return found
 
+def _picture(path, prepared=as_seen):
+    "A picture file as a viewer shows it, or in `eight_bits`. ValueError naming the file where it cannot be read."
+    try:
+        with Image.open(path) as im:
+            im.load()
+            return prepared(im)
+    except (OSError, SyntaxError, ValueError) as e:  # what Pillow raises for a damaged file depends on its format
+        raise ValueError(f"{str(path)!r} cannot be read as a picture ({e}): save it again as PNG or JPEG") from e
+
 @lru_cache(maxsize=1024)
 def _render(folder, name, px):
     "An RGBA render cropped to its alpha and resized."
     path = next(p for p in _files(folder, ".png") if p.stem.replace("_", " ") == name)
-    im = eight_bits(Image.open(path))
+    im = _picture(path, eight_bits)
     if "A" not in im.getbands() and "transparency" not in im.info:
         raise ValueError(f"{str(path)!r} has no alpha channel: renders must be RGBA with a transparent background")
     im = im.convert("RGBA")
@@ -174,7 +183,7 @@ def noise_background(px:int, # side, pixels
 @lru_cache(maxsize=64)
 def _photo(path, px):
     "A photograph cropped to its central square."
-    im = as_seen(Image.open(path))
+    im = _picture(path)
     s = min(im.size)
     l, t = (im.width - s) // 2, (im.height - s) // 2
     return np.asarray(im.crop((l, t, l + s, t + s)).resize((px, px), Image.Resampling.LANCZOS), np.float32)
@@ -524,6 +533,24 @@ def _find(folder, names, what):
     if found is None: raise FileNotFoundError(f"{str(folder)!r} holds no {what}; looked for {', '.join(names)}")
     return found
 
+def _read_json(path):
+    "A JSON file, with or without the mark that some editors begin it with. ValueError naming a damaged file."
+    try: return json.loads(path.read_text(encoding="utf-8-sig"))
+    except ValueError as e:
+        raise ValueError(f"{str(path)!r} is no JSON ({e}): fetch it again, or write the benchmark again") from e
+
+def _whole(value):
+    "A whole number, also where it is written as text; None for anything else."
+    if isinstance(value, str) and value.strip().isdecimal(): return int(value)
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+_ENDINGS = (".jpg", ".jpeg", ".png")
+
+def _image_path(folder, image_id):
+    "Where the picture with a number of COCO is; with .jpg where it is not there."
+    paths = [folder / f"{image_id:012d}{ending}" for ending in _ENDINGS]
+    return next((p for p in paths if p.is_file()), paths[0])
+
 @dataclass(frozen=True)
 class Row:
     "A question of COCO-spatial: its index, image, words, kind and true answer."
@@ -538,9 +565,13 @@ class Row:
     @property
     def kind(self) -> str: return "left_right" if self.truth in ("left", "right") else "above_below"
     def image(self) -> Image.Image:
-        "The photograph as a viewer shows it, RGB (COCO has grey ones). Raises FileNotFoundError with its path."
-        if not self.path.is_file(): raise FileNotFoundError(f"row {self.index} needs {str(self.path)!r}, which is not there: download COCO val2017, or write the benchmark again")
-        with Image.open(self.path) as im: return as_seen(im)
+        """The photograph as a viewer shows it, RGB (COCO has grey ones).
+
+        FileNotFoundError where it is not there, ValueError where it cannot be read, both with its path."""
+        if not self.path.is_file():
+            raise FileNotFoundError(f"row {self.index} needs {str(self.path)!r} (or .jpeg, .png), which is not there: put "
+                                    "it there, download COCO val2017 for the real benchmark, or write a generated one again")
+        return _picture(self.path)
     def query(self, template:str|None=None) -> Query:
         "The question with its image; `template` marks {subject} and {object}."
         return Query(self.image(), template or (LEFT_RIGHT if self.kind == "left_right" else ABOVE_BELOW), dict(subject=self.subject, object=self.object),
@@ -550,30 +581,75 @@ class Row:
         return self.source.boxes(self)
 
 # %% ../nbs/01_data.ipynb #c29b60a4
+def single(
+    annotation:dict, # of COCO
+) -> bool:
+    "Whether an annotation is of one object with a place: no crowd, and no box without an area."
+    return not annotation.get("iscrowd") and min(annotation["bbox"][2:]) > 0
+
+def _broken_annotation(found):
+    "What is wrong with annotations in the form of COCO, or None."
+    lists = ("images", "annotations", "categories")
+    missing = [k for k in lists if not (isinstance(found, dict) and isinstance(found.get(k), list))]
+    if missing: return f"it has no list of {' and '.join(missing)}"
+    number = lambda v: isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v)
+    box = lambda b: isinstance(b, list) and len(b) == 4 and all(map(number, b))
+    whole = dict(images=("id",), annotations=("image_id", "category_id"), categories=("id",))
+    for name in lists:
+        for k, one in enumerate(found[name]):
+            bad = [f for f in whole[name] if not isinstance(one, dict) or _whole(one.get(f)) is None]
+            if not bad and name == "annotations" and not box(one.get("bbox")): bad = ["bbox"]
+            if not bad and name == "categories" and not isinstance(one.get("name"), str): bad = ["name"]
+            if bad: return f"entry {k} of its {name} has no usable {bad[0]}"
+    kinds = {_whole(c["id"]) for c in found["categories"]}
+    unknown = [k for k, one in enumerate(found["annotations"]) if _whole(one["category_id"]) not in kinds]
+    return f"entry {unknown[0]} of its annotations has a category_id that is none of its categories" if unknown else None
+
+def _read_annotations(path):
+    "COCO's annotations with whole numbers for ids. OSError naming the file and the entry that is broken."
+    try: found = _read_json(path)
+    except ValueError as e: raise OSError(str(e)) from e  # rows without boxes are a ValueError, and may be left out
+    if broken := _broken_annotation(found):
+        raise OSError(f"{str(path)!r} cannot be used: {broken}; fetch COCO's val2017 annotations again, or write the benchmark again")
+    for one in (*found["images"], *found["annotations"], *found["categories"]):
+        one.update({k: _whole(one[k]) for k in ("image_id", "category_id", "id") if k in one})
+    for k, one in enumerate(found["annotations"]): one["id"] = k  # missing or repeated ones would hide boxes
+    return found
+
 class Benchmark:
     "COCO-spatial, the real one or one written by `write_benchmark`, as a sequence of `Row`."
     def __init__(self, folder:str|Path): # holds coco_qa_two_obj.json, instances_val2017.json and the images
         self.folder = Path(folder)
-        listed = json.loads(_find(folder, ("coco_qa_two_obj.json", "coco/coco_qa_two_obj.json"), "COCO-spatial").read_text())
+        path = _find(folder, ("coco_qa_two_obj.json", "coco/coco_qa_two_obj.json"), "COCO-spatial")
+        listed = _read_json(path)
+        if not isinstance(listed, list) or not listed:
+            raise ValueError(f"{str(path)!r} lists no questions: it has to be [[image id, right caption, wrong caption], …]")
         names = ("instances_val2017.json", "annotations/instances_val2017.json", "coco/annotations/instances_val2017.json")
         self._annotations = next((self.folder / n for n in names if (self.folder / n).is_file()), None)
         images = next((self.folder / d for d in ("val2017", "images", "coco/val2017", "coco/images") if (self.folder / d).is_dir()), self.folder)
-        self.rows = [self._row(i, *r[:2], images) for i, r in enumerate(listed)]
-    def _row(self, i, image_id, caption, images):
-        m = _CAPTION.match(caption)
-        if not m: raise ValueError(f"row {i}: cannot read the caption {caption!r}; expected 'A photo of a X to the left of a Y' or 'A photo of a X above a Y'")
-        return Row(i, image_id, m["s"].lower(), m["o"].lower(), (m["lr"] or m["ab"]).lower(), images / f"{image_id:012d}.jpg", self)
+        self.rows = [self._row(i, r, images, path) for i, r in enumerate(listed)]
+    def _row(self, i, item, images, path):
+        where = f"{str(path)!r}, row {i}: "
+        if not isinstance(item, list) or len(item) < 2:
+            raise ValueError(f"{where}{item!r} is no question; expected [image id, right caption, wrong caption]")
+        image_id, m = _whole(item[0]), _CAPTION.match(str(item[1]))
+        if image_id is None: raise ValueError(f"{where}the image id {item[0]!r} is no whole number; expected one such as 139")
+        if not m: raise ValueError(f"{where}cannot read the caption {item[1]!r}; expected 'A photo of a X to the left of a Y' or 'A photo of a X above a Y'")
+        return Row(i, image_id, m["s"].lower(), m["o"].lower(), (m["lr"] or m["ab"]).lower(), _image_path(images, image_id), self)
     def __len__(self): return len(self.rows)
     def __getitem__(self, i): return self.rows[i]
 
     @property
     def coco(self):
-        "The annotations through pycocotools, read on first use."
+        "The annotations through pycocotools, read on first use. OSError where they are missing or damaged."
         if not hasattr(self, "_coco"):
             from contextlib import redirect_stdout
             from pycocotools.coco import COCO
             if self._annotations is None: raise FileNotFoundError(f"{str(self.folder)!r} holds no instances_val2017.json: boxes need COCO's val2017 annotations")
-            with redirect_stdout(None): self._coco = COCO(self._annotations)
+            found = COCO()
+            found.dataset = _read_annotations(self._annotations)
+            with redirect_stdout(None): found.createIndex()
+            self._coco = found
         return self._coco
 
     def boxes(self, row:Row) -> tuple:
@@ -590,7 +666,7 @@ class Benchmark:
         "Boxes of single objects of a category: no crowds, nothing without an area."
         kinds = [c["id"] for c in self.coco.dataset["categories"] if c["name"].lower() == name]
         found = self.coco.loadAnns(self.coco.getAnnIds(imgIds=image_id, catIds=kinds))
-        boxes = [a["bbox"] for a in found if not a.get("iscrowd") and min(a["bbox"][2:]) > 0]
+        boxes = [a["bbox"] for a in found if single(a)]
         return boxes, len(found) - len(boxes)
 
 def _left_out(n):
@@ -915,8 +991,8 @@ class MVBench:
         self.folder, self.n_frames, self.stamps = Path(folder), n_frames, stamps
         path = _find(folder, ("mvbench_scene_queries.json", "scene_transition.json", "json/scene_transition.json"), "MVBench")
         self.rows, self.missing, self.skipped, read = [], [], [], 0 # names of videos that are not there; indices of items whose words have another form
-        try: listed = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as e: raise ValueError(f"{str(path)!r} is no JSON ({e}): fetch it again") from e
+        listed = _read_json(path)
+        if not isinstance(listed, list): raise ValueError(f"{str(path)!r} lists no questions: it has to be a list of items")
         for i, item in enumerate(listed):
             try: found = _scene_question(item, read % 2)
             except (KeyError, TypeError) as e:

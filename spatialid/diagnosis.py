@@ -25,7 +25,7 @@ import torch
 from PIL import ImageFilter
 from scipy.stats import binomtest, mannwhitneyu, rankdata
 
-from .data import Benchmark, GridScenes, Objects
+from .data import Benchmark, GridScenes, Objects, single
 from .extraction import SpatialIDs, extract, orthonormal, stored_ids, subsample
 from .hooks import VLM, Query
 from .results import bootstrap, load_results, rng, spanning, write_json
@@ -293,10 +293,10 @@ def token_places(n:int) -> np.ndarray: # (n, 2) fractions of the picture
 
 # %% ../nbs/06_diagnosis.ipynb #c0efa765
 def things_in(row) -> list: # [(name, (left, top, width, height) in pixels), ...]
-    "All annotated objects in the picture of a row, large ones first."
+    "The annotated objects in the picture of a row, large ones first; no crowds, nothing without an area."
     coco = row.source.coco
     names = {c["id"]: c["name"].lower() for c in coco.dataset["categories"]}
-    found = coco.loadAnns(coco.getAnnIds(imgIds=row.image_id))
+    found = filter(single, coco.loadAnns(coco.getAnnIds(imgIds=row.image_id)))
     return [(names[a["category_id"]], a["bbox"]) for a in sorted(found, key=lambda a: -a["bbox"][2] * a["bbox"][3])]
 
 def token_labels(asked:Cases, n_tokens:int) -> np.ndarray: # (B, P) of str, "" for background

@@ -250,7 +250,7 @@ def load_results(
     path = stored_path(results_dir(model)/f"{notebook}.json")
     if not path.is_file():
         raise FileNotFoundError(f"no {path}: run `spatialid run {notebook.split('_')[0]} --model {model}` first")
-    return json.loads(path.read_text())
+    return json.loads(path.read_text(encoding="utf-8"))
 
 # %% ../nbs/00_results.ipynb #0069a44d
 OKABE_ITO = ["#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442", "#000000"]

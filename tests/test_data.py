@@ -204,6 +204,90 @@ def test_crowds_and_boxes_without_an_area_are_left_out_and_counted(tmp_path):
         benchmark("unusable", crowd, note(1, cat), flat).boxes()
 
 
+def small_benchmark(folder, listed=None, annotations=None, image="000000000007.jpg"):
+    "A benchmark of one question, its two files as given (text as it is, other things as JSON)."
+    folder.mkdir()
+    kinds = [{"id": 0, "name": "dog"}, {"id": 1, "name": "cat"}]
+    box = lambda kind, x: {"image_id": 7, "category_id": kind, "bbox": [x, 0, 5, 5], "iscrowd": 0}
+    noted = {"images": [{"id": 7}], "categories": kinds, "annotations": [box(0, 20), box(1, 30)]}
+    for name, given, default in (("coco_qa_two_obj", listed, [[7, "A photo of a dog to the left of a cat", ""]]),
+                                 ("instances_val2017", annotations, noted)):
+        text = given if isinstance(given, str) else json.dumps(default if given is None else given(noted) if callable(given) else given)
+        (folder / f"{name}.json").write_text(text, encoding="utf-8")
+    if image: Image.new("RGB", (50, 40), (9, 9, 200)).save(folder / image)
+    return folder
+
+
+@pytest.mark.parametrize("listed, words", [
+    ("{", "coco_qa_two_obj.json' is no JSON .*write the benchmark again"),
+    ("[]", "lists no questions"), ({"a": 1}, "lists no questions: it has to be"), ([7], "row 0: 7 is no question"),
+    ([["seven", "A photo of a dog above a cat", ""]], "coco_qa_two_obj.json', row 0: the image id 'seven' is no whole number"),
+    ([[7.5, "A photo of a dog above a cat", ""]], "the image id 7.5"), ([[7, None, ""]], "row 0: cannot read the caption None"),
+    ([[7, "A photo of a dog above a cat", ""], [8]], r"row 1: \[8\] is no question"),
+])
+def test_a_broken_list_of_questions_is_named_with_its_row(tmp_path, listed, words):
+    with pytest.raises(ValueError, match=words): Benchmark(small_benchmark(tmp_path / "b", listed))
+
+
+def changed(part, k, **fields):
+    "The annotations with one entry of one list changed; a field of None is left out."
+    def change(noted):
+        entry = {**noted[part][k], **fields}
+        noted[part][k] = {f: v for f, v in entry.items() if v is not None}
+        return noted
+    return change
+
+
+@pytest.mark.parametrize("annotations, words", [
+    ('{"images": [', "instances_val2017.json' is no JSON"), ({"categories": []}, "no list of images and annotations"),
+    ([], "no list of images and annotations and categories"),
+    (changed("annotations", 1, bbox=[1, 2, 3]), "entry 1 of its annotations has no usable bbox"),
+    (changed("annotations", 0, bbox=[1, 2, "3", 4]), "entry 0 of its annotations has no usable bbox"),
+    (changed("annotations", 0, image_id=None), "no usable image_id"), (changed("categories", 1, name=None), "no usable name"),
+    (changed("annotations", 1, category_id=9), "entry 1 of its annotations has a category_id that is none of its categories"),
+])
+def test_broken_annotations_are_named_and_do_not_pass_for_missing_boxes(tmp_path, annotations, words):
+    "A ValueError would be taken for a row whose boxes do not stand as its caption says, and left out."
+    row = Benchmark(small_benchmark(tmp_path / "b", annotations=annotations))[0]
+    with pytest.raises(OSError, match=words): row.boxes()
+
+
+def test_ids_may_be_text_and_files_may_begin_with_a_mark(tmp_path):
+    "As spreadsheets and some editors write them."
+    text = lambda noted: changed("annotations", 0, image_id="7", category_id="0")(noted)
+    folder = small_benchmark(tmp_path / "b", [["7", "A photo of a dog to the left of a cat", ""]], text)
+    for name in ("coco_qa_two_obj.json", "instances_val2017.json"):
+        (folder / name).write_text("\ufeff" + (folder / name).read_text())
+    row = Benchmark(folder)[0]
+    assert row.image_id == 7 and row.image().size == (50, 40) and row.boxes() == ([20, 0, 5, 5], [30, 0, 5, 5])
+
+
+def test_boxes_with_one_number_are_all_found(tmp_path):
+    "An index by the numbers of the annotations would keep the last of them."
+    both = lambda noted: changed("annotations", 0, id=3)(changed("annotations", 1, id=3)(noted))
+    assert Benchmark(small_benchmark(tmp_path / "b", annotations=both))[0].boxes() == ([20, 0, 5, 5], [30, 0, 5, 5])
+
+
+def test_pictures_may_be_png_and_damaged_ones_are_named(tmp_path):
+    row = lambda name, image: Benchmark(small_benchmark(tmp_path / name, image=image))[0]
+    assert row("png", "000000000007.png").image().getpixel((0, 0)) == (9, 9, 200)
+    with pytest.raises(FileNotFoundError, match=r"row 0 needs .*0007.jpg' \(or .jpeg, .png\), which is not there: put it there"):
+        row("none", None).image()
+    cut = row("cut", "000000000007.jpg")
+    cut.path.write_bytes(cut.path.read_bytes()[:300])
+    with pytest.raises(ValueError, match="0007.jpg' cannot be read as a picture"): cut.image()
+    (tmp_path / "cut" / "text.png").write_text("no picture")
+    for use in (lambda: background(tmp_path / "cut", 80, rng(0)), lambda: [Objects(tmp_path / "cut").sprite("text", 8)]):
+        with pytest.raises(ValueError, match="cannot be read as a picture"): use(); use()
+
+
+def test_a_video_list_may_begin_with_a_mark_and_has_to_be_a_list(tmp_path):
+    (tmp_path / "mvbench_scene_queries.json").write_text("\ufeff[]", encoding="utf-8")
+    with pytest.raises(FileNotFoundError, match="leaves no question"): MVBench(tmp_path)
+    (tmp_path / "mvbench_scene_queries.json").write_text('{"video_path": "a"}')
+    with pytest.raises(ValueError, match="lists no questions"): MVBench(tmp_path)
+
+
 def test_videos():
     v = Videos(FreeScenes(10, seed=1, things=(2, 3)))[2]
     frames = v.frames()
