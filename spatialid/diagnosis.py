@@ -430,13 +430,13 @@ def diagnose(
     found = {k: v[which] for k, v in (gathered or evidence(vlm, ids, asked, layer)).items()} # probes are fitted on the pictures of all kinds
     drawn = resampled_losses(found, seed=seed)
     stage, strength = decide(drawn, tolerance)
-    spread = spanning(drawn[0], *np.quantile(drawn[1:], [0.025, 0.975], axis=0))
+    low, high = spanning(drawn[0], *np.quantile(drawn[1:], [0.025, 0.975], axis=0))
     skill = {k: bootstrap(v, lambda x: 2 * x.mean() - 1, seed=seed) for k, v in found.items()}
     repair = bootstrap(found["repaired"] - found["answer"], seed=seed)
     excess = drawn[0] - [tolerance[s] for s in STAGES]
     why = f"{STAGES[int(excess.argmax())]} loses most" if stage != "undetermined" else f"{found['answer'].mean():.0%} of the answers are right: little is lost" if drawn[0].sum() <= LITTLE else "no stage loses more than its tolerance" if excess.max() <= 0 else f"the largest loss is {STAGES[int(excess.argmax())]}'s in only {strength:.0%} of resamples"
     return {"stage": stage, "strength": strength, "why": why, "skills": skill, "repaired": repair, "n": int(which.sum()),
-            "losses": {s: {"value": float(drawn[0, k]), "low": float(spread[0, k]), "high": float(spread[1, k]), "n": int(which.sum())} for k, s in enumerate(STAGES)}}
+            "losses": {s: {"value": float(drawn[0, k]), "low": float(low[k]), "high": float(high[k]), "n": int(which.sum())} for k, s in enumerate(STAGES)}}
 
 # %% ../nbs/06_diagnosis.ipynb #dfebaea5
 @contextmanager
