@@ -31,7 +31,7 @@ from transformers.models.auto.video_processing_auto import get_video_processor_c
 from transformers.video_utils import VideoMetadata
 from transformers.utils import logging
 
-from .adapters import AdapterError, adapter_of, identity, load_adapted, pretrained, source_of, unwrapped
+from .adapters import AdapterError, adapter_of, adapters_in, identity, load_adapted, pretrained, source_of, unwrapped
 from .results import bundled
 
 # %% ../nbs/00_hooks.ipynb #311ce89b
@@ -295,7 +295,8 @@ class VLM:
         self.keep_last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
         if isinstance(frames := getattr(processor, "video_processor", None), Frames): frames.family = model.config.model_type
         if self.tokenizer.pad_token is None: self.tokenizer.pad_token = self.tokenizer.eos_token
-        self._edits, self._known, self._hash, self._turn = [], {}, None, Turn()
+        self._edits, self._known, self._turn = [], {}, Turn()
+        self._loaded, self._hash = None, {} # mark of the weights as they were loaded; {mark: hash}
 
     @property
     def tokenizer(self): return self.processor.tokenizer
@@ -1034,21 +1035,53 @@ def load(cls:VLM,
         raise ValueError(f"the weights of {name} lack {len(lacking)} tensors that its config asks for ({lacking[0]}, ...): copy or download them again")
     if "device_map" not in kwargs: model = model.to(device)
     vlm = cls(model, processor, folder.resolve().name if folder else name, organism, getattr(config, "_commit_hash", None), folder)
-    if adapted: vlm._hash = identity(folder, vlm.revision)
+    vlm._loaded = vlm._mark()
+    if adapted: vlm._hash[vlm._loaded] = identity(folder, vlm.revision)
     return vlm.check()
+
+# %% ../nbs/00_hooks.ipynb #a1f0c008
+@patch
+def _mark(self:VLM) -> str: # hexadecimal
+    "A digest of the live weights that reads them once: sums of the bits of each row, and 64 numbers of each tensor."
+    digest = hashlib.sha256(repr(adapters_in(self.model)).encode())
+    for name, value in sorted(self.model.state_dict().items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        if value.device.type == "meta" or not value.numel(): continue # on disk: as its file
+        whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}.get(value.dtype.itemsize, torch.uint8)
+        bits = value.detach().contiguous().view(len(value) if value.ndim > 1 else 1, -1).view(whole)
+        some = bits.view(-1)[::max(1, bits.numel() // 64)][:64]
+        digest.update(torch.cat([bits.sum(1, dtype=whole), some]).cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+@patch
+def _sha256_of_weights(self:VLM) -> str: # hexadecimal
+    "sha256 of all weights in memory, and of which adapters act."
+    digest = hashlib.sha256()
+    for key, value in sorted(self.model.state_dict().items()):
+        digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
+        if value.device.type == "meta": continue
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    if adapters := adapters_in(self.model): digest.update(repr(adapters).encode())
+    return digest.hexdigest()
+
+def _sha256_of_files(files) -> str: # hexadecimal
+    "sha256 of files one after the other."
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as f:
+            while block := f.read(1 << 20): digest.update(block)
+    return digest.hexdigest()
 
 # %% ../nbs/00_hooks.ipynb #ead9c8ae
 @patch(as_prop=True)
 def weight_hash(self:VLM) -> str:
-    "sha256 of the safetensors files; the revision of a model from the Hub; sha256 of the parameters of one built in code. Computed once."
-    if self._hash is None and self.revision: self._hash = self.revision
-    if self._hash is None:
-        digest, files = hashlib.sha256(), sorted(self.folder.glob("*.safetensors")) if self.folder else []
-        for file in files:
-            with file.open("rb") as f:
-                while block := f.read(1 << 20): digest.update(block)
-        for key, value in () if files else sorted(self.model.state_dict().items()):
-            digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
-            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-        self._hash = digest.hexdigest()
-    return self._hash
+    """Identity of the weights as they are now.
+
+    Of weights as loaded: sha256 of the safetensors files, or the revision of a model from the Hub. Of weights that were
+    built or changed in memory: sha256 of the parameters. Each is computed once.
+    """
+    mark = self._mark()
+    files = sorted(self.folder.glob("*.safetensors")) if self.folder and self._loaded in (None, mark) else []
+    if mark not in self._hash and self.revision and self._loaded in (None, mark): self._hash[mark] = self.revision
+    if mark not in self._hash: self._hash[mark] = _sha256_of_files(files) if files else self._sha256_of_weights()
+    return self._hash[mark]

@@ -5,6 +5,7 @@ import shutil
 from dataclasses import replace
 
 import numpy as np
+import peft
 import pytest
 import torch
 from PIL import Image, ImageOps
@@ -846,3 +847,49 @@ def test_a_function_that_returns_no_rows_says_so(vlm, function):
         with pytest.raises(ValueError, match="the patch of 'subject' at layer 2 gives .* for rows"): vlm.run(ask())
     with pytest.raises(ValueError, match="edits are .layer: .group, new"):
         with vlm.patch([("subject", torch.zeros(32))]): pass
+
+
+# Weights as they are now -------------------------------------------------------------------------------------------
+
+def scaled(model): model.model.language_model.layers[1].self_attn.o_proj.weight.mul_(3)
+def one_neuron(model): model.model.language_model.layers[1].mlp.down_proj.weight[:, 5] = 0
+def past_autograd(model): model.model.language_model.layers[1].mlp.down_proj.weight.data[3, 7] += 1
+def two_rows_exchanged(model):
+    rows = model.get_input_embeddings().weight
+    rows[5:7] = rows[5:7].flip(0).clone()
+def another_tensor(model): model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight + 1)
+def an_adapter(model): model.add_adapter(peft.LoraConfig(r=2, target_modules=["o_proj"], init_lora_weights=False))
+
+
+@pytest.mark.parametrize("change", [scaled, one_neuron, past_autograd, two_rows_exchanged, another_tensor, an_adapter])
+def test_the_identity_is_that_of_the_live_weights(saved, change):
+    first, second = (VLM.load(saved, device="cpu") for _ in range(2))
+    before = first.weight_hash
+    for vlm in (first, second):
+        torch.manual_seed(0)
+        with torch.no_grad(): change(vlm.model)
+    assert first.weight_hash != before and first.weight_hash == second.weight_hash, "changed alike, asked after"
+
+
+def test_weights_put_back_are_those_of_the_file(saved):
+    vlm = VLM.load(saved, device="cpu")
+    before, kept = vlm.weight_hash, {k: v.clone() for k, v in vlm.model.state_dict().items()}
+    with torch.no_grad(): scaled(vlm.model)
+    assert vlm.weight_hash != before
+    vlm.model.load_state_dict(kept)
+    assert vlm.weight_hash == before
+    vlm.revision = "0" * 40 # as from the Hub
+    vlm._hash.clear()
+    assert vlm.weight_hash == vlm.revision
+    with torch.no_grad(): scaled(vlm.model)
+    assert vlm.weight_hash not in (before, vlm.revision)
+
+
+def test_an_adapter_that_is_switched_off_is_another_model(saved):
+    vlm = VLM.load(saved, device="cpu")
+    with torch.no_grad(): an_adapter(vlm.model)
+    on = vlm.weight_hash
+    vlm.model.disable_adapters()
+    off = vlm.weight_hash
+    vlm.model.enable_adapters()
+    assert off != on == vlm.weight_hash
