@@ -578,6 +578,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'spatialid.hooks.fill': ('hooks.html#fill', 'spatialid/hooks.py'),
                                  'spatialid.hooks.find_checkpoint': ('hooks.html#find_checkpoint', 'spatialid/hooks.py'),
                                  'spatialid.hooks.find_family': ('hooks.html#find_family', 'spatialid/hooks.py'),
+                                 'spatialid.hooks.joins': ('hooks.html#joins', 'spatialid/hooks.py'),
                                  'spatialid.hooks.locate': ('hooks.html#locate', 'spatialid/hooks.py'),
                                  'spatialid.hooks.ordered': ('hooks.html#ordered', 'spatialid/hooks.py'),
                                  'spatialid.hooks.upright': ('hooks.html#upright', 'spatialid/hooks.py'),

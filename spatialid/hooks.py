@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['GROUPS', 'BUNDLED', 'HUB', 'FAMILIES', 'STAND_IN', 'DTYPES', 'fill', 'upright', 'as_rgb', 'ordered', 'Query',
            'locate', 'Checkpoint', 'find_checkpoint', 'Family', 'find_family', 'Turn', 'Eager', 'VLM', 'Frames',
-           'without_torchvision', 'Layout', 'Run', 'Inside', 'Prompts', 'as_dtype']
+           'without_torchvision', 'joins', 'Layout', 'Run', 'Inside', 'Prompts', 'as_dtype']
 
 # %% ../nbs/00_hooks.ipynb #c205cba9
-import hashlib, inspect, re, threading
+import hashlib, inspect, re, threading, unicodedata
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -302,7 +302,10 @@ class VLM:
     def tokenizer(self): return self.processor.tokenizer
 
     @property
-    def device(self): return self.model.get_input_embeddings().weight.device
+    def device(self): # where the model takes its inputs
+        table = self.model.get_input_embeddings()
+        if table.weight.device.type != "meta": return table.weight.device
+        return torch.device(table._hf_hook.execution_device) # on disk, and brought there when it is needed
 
     @property
     def cross_rows(self): # how many rows a picture is that enters by cross-attention
@@ -362,7 +365,7 @@ def _patches(prepare, frames, family):
     pixels = out["pixel_values"].view(-1, t, h * w, 3, t, prepare.patch_size ** 2).diagonal(dim1=1, dim2=4).movedim(-1, 3).reshape(-(-n // t), h * w, -1)
     video = {"pixel_values_videos": pixels.flatten(0, 1), "video_grid_thw": torch.tensor([[len(pixels), h, w]])}
     if "image_merge_sizes" not in out: return video
-    moved = pixels.diff(dim=0).abs().view(len(pixels) - 1, h * w // m ** 2, -1).mean(-1) * 255 > .1
+    moved = pixels.diff(dim=0).abs().unflatten(1, (h * w // m ** 2, m ** 2)).flatten(2).mean(-1) * 255 > .1
     if not getattr(prepare, "use_token_compression", True): moved[:] = True # else a token that is as in the frame before is left out
     moved[~moved.any(1), 0] = True # but one
     mask = torch.cat([torch.ones(h * w // m ** 2, dtype=torch.bool), moved.flatten()])
@@ -392,9 +395,15 @@ def render(self:VLM,
     return self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False)
 
 # %% ../nbs/00_hooks.ipynb #0f9922cc
+def joins(text:str, end:int) -> bool:
+    "Whether the character before `end` is no letter of its own, so that a tokenizer may join it to the one before."
+    shorter, longer = (len(unicodedata.normalize("NFC", text[:e])) for e in (end - 1, end))
+    return longer == shorter or unicodedata.category(text[end - 1]) in ("Mn", "Me", "Cf")
+
 @dataclass(frozen=True)
 class Layout:
     "A rendered prompt and the places of its words."
+    text: str # the question
     prompt: str # after the chat template
     special: bool # must the tokenizer add its own first token?
     tail: tuple # ids of the tokens from the question on
@@ -406,9 +415,10 @@ class Layout:
     ) -> int: # negative
         "The token that holds the character before `end`. Raises ValueError when none does."
         hits = [i for i, (a, b) in enumerate(self.offsets) if a < end <= b]
-        if not hits:
-            raise ValueError(f"no token holds character {end} of the question in {self.prompt!r}: use a fast tokenizer, which reports offsets")
-        return hits[-1] - len(self.tail)
+        if hits: return hits[-1] - len(self.tail)
+        if end > 1 and joins(self.text, end): return self.row(end - 1)
+        raise ValueError(f"no token holds character {end} of the question in {self.prompt!r}: use a fast tokenizer, "
+                         "which reports offsets, or another spelling")
 
 # %% ../nbs/00_hooks.ipynb #2c867e4a
 @patch
@@ -423,7 +433,7 @@ def _layout(self:VLM, template, words, medium):
     special = not (self.tokenizer.bos_token and prompt.startswith(self.tokenizer.bos_token))
     tokens = self.tokenizer(prompt, add_special_tokens=special, return_offsets_mapping=True)
     places = [(i, a - start, b - start) for i, (a, b) in zip(tokens["input_ids"], tokens["offset_mapping"]) if b > start]
-    layout = Layout(prompt, special, tuple(i for i, _, _ in places), tuple((a, b) for _, a, b in places), {})
+    layout = Layout(text, prompt, special, tuple(i for i, _, _ in places), tuple((a, b) for _, a, b in places), {})
     layout.rows.update((mark, tuple(layout.row(end) for _, end in ends)) for mark, ends in spans.items())
     return layout
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
+from tokenizers import normalizers
 from transformers import AutoConfig, LlavaConfig
 
 from spatialid import hooks as library
@@ -893,3 +894,51 @@ def test_an_adapter_that_is_switched_off_is_another_model(saved):
     off = vlm.weight_hash
     vlm.model.enable_adapters()
     assert off != on == vlm.weight_hash
+
+
+# Found elsewhere ---------------------------------------------------------------------------------------------------
+
+VIDEO = [name for name, family in FAMILIES.items() if family.frames]
+
+
+@pytest.mark.parametrize("family", VIDEO)
+def test_a_video_may_be_a_single_frame(family):
+    vlm = VLM(*tiny(family), family)
+    run, moved = vlm.run([film(0), film(1)], [2], "objects"), vlm.run(film(0, 1))
+    assert run.logits.isfinite().all() and not torch.equal(run.logits[0], run.logits[1])
+    assert vlm.positions(film(0), "video") and not torch.equal(run.logits[:1], moved.logits)
+
+
+WORDS = ("cafe\u0301", "e\u0301", "ås", "\u1112\u1161\u11ab", "cup\ufe0f") # composed by NFC, or of no width
+
+
+@pytest.mark.parametrize("kind", ["metaspace", "bytes"])
+@pytest.mark.parametrize("normalizer", ["NFC", "NFKC", "NFD"])
+def test_a_word_may_be_written_in_more_characters_than_its_tokens_hold(kind, normalizer):
+    model, processor = tiny_llava(kind=kind)
+    processor.tokenizer.backend_tokenizer.normalizer = getattr(normalizers, normalizer)()
+    vlm = VLM(model, processor)
+    for word in WORDS:
+        query = Query(None, "Is the {subject} left of the {object}?", {"subject": word, "object": "cup"})
+        (row,) = vlm.positions(query, "subject")
+        assert vlm.tokens(query)[row + 1] in ("▁left", "Ġleft"), "the token after the word is the next word"
+
+
+def test_a_word_that_the_tokenizer_drops_has_no_place():
+    model, processor = tiny_llava(kind="bytes")
+    processor.tokenizer.backend_tokenizer.normalizer = normalizers.Replace("z", "")
+    with pytest.raises(ValueError, match="no token holds character .* or another spelling"):
+        VLM(model, processor).positions(Query(None, "Is the {subject} left?", {"subject": "cupz"}), "subject")
+
+
+@pytest.mark.parametrize("offloaded", ["model.language_model.embed_tokens", "model.language_model.norm", "lm_head"])
+def test_a_model_that_is_partly_on_disk_is_asked_as_any_other(saved, vlm, tmp_path, offloaded):
+    parts = [f"model.language_model.{part}" for part in ("embed_tokens", "layers", "norm", "rotary_emb")]
+    parts += ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
+    where = {part: "disk" if part == offloaded else "cpu" for part in parts}
+    loaded = VLM.load(saved, device_map=where, offload_folder=str(tmp_path))
+    assert loaded.device == torch.device("cpu")
+    mine, theirs = (v.run(MIXED, [2], "last") for v in (loaded, vlm))
+    assert torch.allclose(mine.logits, theirs.logits, atol=1e-5)
+    assert torch.allclose(mine.residual(2), theirs.residual(2), atol=1e-5)
+    assert loaded.weight_hash == VLM.load(saved, device="cpu").weight_hash
