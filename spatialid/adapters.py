@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SMOLLM2', 'PARTS', 'AdapterError', 'Base', 'sha256_of', 'base_file', 'quiet_loading', 'language_model', 'own_blocks',
            'placed', 'place_language', 'adapter_of', 'base_of', 'source_of', 'identity', 'with_adapter', 'unwrapped',
-           'assemble', 'cache_dir', 'checksum', 'is_whole', 'write_entry', 'locked', 'merged', 'pretrained',
-           'load_adapted']
+           'adapters_in', 'assemble', 'cache_dir', 'checksum', 'is_whole', 'write_entry', 'locked', 'merged',
+           'pretrained', 'load_adapted']
 
 # %% ../nbs/lib/adapters.ipynb #2c7288dd
 import hashlib
@@ -214,6 +214,14 @@ def unwrapped(model):
             raise AdapterError(f"the adapter {name!r} is {config.peft_type.value}, which adds tokens instead of changing weights, so the positions of "
                              "words would be off: use an adapter of weights, such as LoRA")
     return model.base_model.model
+
+
+def adapters_in(model) -> list: # [(module, names of the adapters that act)], in the order of the modules
+    "Where adapters stay beside the weights, and which of them act."
+    peft = sys.modules.get("peft")
+    if peft is None: return []
+    layers = [(name, m) for name, m in model.named_modules() if isinstance(m, peft.tuners.tuners_utils.BaseTunerLayer)]
+    return [(name, () if layer.disable_adapters else tuple(layer.active_adapters)) for name, layer in layers]
 
 # %% ../nbs/lib/adapters.ipynb #196bcac1
 def assemble(

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['GROUPS', 'BUNDLED', 'HUB', 'FAMILIES', 'STAND_IN', 'DTYPES', 'fill', 'ordered', 'Query', 'locate', 'Checkpoint',
-           'find_checkpoint', 'Family', 'find_family', 'Turn', 'Eager', 'VLM', 'Frames', 'without_torchvision',
+           'find_checkpoint', 'Family', 'find_family', 'Turn', 'Eager', 'VLM', 'Frames', 'without_torchvision', 'joins',
            'Layout', 'Run', 'Inside', 'Prompts', 'as_dtype']
 
 # %% ../nbs/00_hooks.ipynb #c205cba9
-import hashlib, inspect, re, threading
+import hashlib, inspect, re, threading, unicodedata
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -31,7 +31,7 @@ from transformers.models.auto.video_processing_auto import get_video_processor_c
 from transformers.video_utils import VideoMetadata
 from transformers.utils import logging
 
-from .adapters import AdapterError, adapter_of, identity, load_adapted, pretrained, source_of, unwrapped
+from .adapters import AdapterError, adapter_of, adapters_in, identity, load_adapted, pretrained, source_of, unwrapped
 from .pictures import as_seen, turned
 from .results import bundled
 
@@ -275,13 +275,17 @@ class VLM:
         self.keep_last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
         if isinstance(frames := getattr(processor, "video_processor", None), Frames): frames.family = model.config.model_type
         if self.tokenizer.pad_token is None: self.tokenizer.pad_token = self.tokenizer.eos_token
-        self._edits, self._known, self._hash, self._turn = [], {}, None, Turn()
+        self._edits, self._known, self._turn = [], {}, Turn()
+        self._loaded, self._hash = None, {} # mark of the weights as they were loaded; {mark: hash}
 
     @property
     def tokenizer(self): return self.processor.tokenizer
 
     @property
-    def device(self): return self.model.get_input_embeddings().weight.device
+    def device(self): # where the model takes its inputs
+        table = self.model.get_input_embeddings()
+        if table.weight.device.type != "meta": return table.weight.device
+        return torch.device(table._hf_hook.execution_device) # on disk, and brought there when it is needed
 
     @property
     def cross_rows(self): # how many rows a picture is that enters by cross-attention
@@ -341,7 +345,7 @@ def _patches(prepare, frames, family):
     pixels = out["pixel_values"].view(-1, t, h * w, 3, t, prepare.patch_size ** 2).diagonal(dim1=1, dim2=4).movedim(-1, 3).reshape(-(-n // t), h * w, -1)
     video = {"pixel_values_videos": pixels.flatten(0, 1), "video_grid_thw": torch.tensor([[len(pixels), h, w]])}
     if "image_merge_sizes" not in out: return video
-    moved = pixels.diff(dim=0).abs().view(len(pixels) - 1, h * w // m ** 2, -1).mean(-1) * 255 > .1
+    moved = pixels.diff(dim=0).abs().unflatten(1, (h * w // m ** 2, m ** 2)).flatten(2).mean(-1) * 255 > .1
     if not getattr(prepare, "use_token_compression", True): moved[:] = True # else a token that is as in the frame before is left out
     moved[~moved.any(1), 0] = True # but one
     mask = torch.cat([torch.ones(h * w // m ** 2, dtype=torch.bool), moved.flatten()])
@@ -371,9 +375,15 @@ def render(self:VLM,
     return self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False)
 
 # %% ../nbs/00_hooks.ipynb #0f9922cc
+def joins(text:str, end:int) -> bool:
+    "Whether the character before `end` is no letter of its own, so that a tokenizer may join it to the one before."
+    shorter, longer = (len(unicodedata.normalize("NFC", text[:e])) for e in (end - 1, end))
+    return longer == shorter or unicodedata.category(text[end - 1]) in ("Mn", "Me", "Cf")
+
 @dataclass(frozen=True)
 class Layout:
     "A rendered prompt and the places of its words."
+    text: str # the question
     prompt: str # after the chat template
     special: bool # must the tokenizer add its own first token?
     tail: tuple # ids of the tokens from the question on
@@ -385,9 +395,10 @@ class Layout:
     ) -> int: # negative
         "The token that holds the character before `end`. Raises ValueError when none does."
         hits = [i for i, (a, b) in enumerate(self.offsets) if a < end <= b]
-        if not hits:
-            raise ValueError(f"no token holds character {end} of the question in {self.prompt!r}: use a fast tokenizer, which reports offsets")
-        return hits[-1] - len(self.tail)
+        if hits: return hits[-1] - len(self.tail)
+        if end > 1 and joins(self.text, end): return self.row(end - 1)
+        raise ValueError(f"no token holds character {end} of the question in {self.prompt!r}: use a fast tokenizer, "
+                         "which reports offsets, or another spelling")
 
 # %% ../nbs/00_hooks.ipynb #2c867e4a
 @patch
@@ -402,7 +413,7 @@ def _layout(self:VLM, template, words, medium):
     special = not (self.tokenizer.bos_token and prompt.startswith(self.tokenizer.bos_token))
     tokens = self.tokenizer(prompt, add_special_tokens=special, return_offsets_mapping=True)
     places = [(i, a - start, b - start) for i, (a, b) in zip(tokens["input_ids"], tokens["offset_mapping"]) if b > start]
-    layout = Layout(prompt, special, tuple(i for i, _, _ in places), tuple((a, b) for _, a, b in places), {})
+    layout = Layout(text, prompt, special, tuple(i for i, _, _ in places), tuple((a, b) for _, a, b in places), {})
     layout.rows.update((mark, tuple(layout.row(end) for _, end in ends)) for mark, ends in spans.items())
     return layout
 
@@ -1014,24 +1025,56 @@ def load(cls:VLM,
         raise ValueError(f"the weights of {name} lack {len(lacking)} tensors that its config asks for ({lacking[0]}, ...): copy or download them again")
     if "device_map" not in kwargs: model = model.to(device)
     vlm = cls(model, processor, folder.resolve().name if folder else name, organism, getattr(config, "_commit_hash", None), folder)
-    if adapted: vlm._hash = identity(folder, vlm.revision)
+    vlm._loaded = vlm._mark()
+    if adapted: vlm._hash[vlm._loaded] = identity(folder, vlm.revision)
     return vlm.check()
+
+# %% ../nbs/00_hooks.ipynb #a1f0c008
+@patch
+def _mark(self:VLM) -> str: # hexadecimal
+    "A digest of the live weights that reads them once: sums of the bits of each row, and 64 numbers of each tensor."
+    digest = hashlib.sha256(repr(adapters_in(self.model)).encode())
+    for name, value in sorted(self.model.state_dict().items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        if value.device.type == "meta" or not value.numel(): continue # on disk: as its file
+        whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}.get(value.dtype.itemsize, torch.uint8)
+        bits = value.detach().contiguous().view(len(value) if value.ndim > 1 else 1, -1).view(whole)
+        some = bits.view(-1)[::max(1, bits.numel() // 64)][:64]
+        digest.update(torch.cat([bits.sum(1, dtype=whole), some]).cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+@patch
+def _sha256_of_weights(self:VLM) -> str: # hexadecimal
+    "sha256 of all weights in memory, and of which adapters act."
+    digest = hashlib.sha256()
+    for key, value in sorted(self.model.state_dict().items()):
+        digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
+        if value.device.type == "meta": continue
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    if adapters := adapters_in(self.model): digest.update(repr(adapters).encode())
+    return digest.hexdigest()
+
+def _sha256_of_files(files) -> str: # hexadecimal
+    "sha256 of files one after the other."
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as f:
+            while block := f.read(1 << 20): digest.update(block)
+    return digest.hexdigest()
 
 # %% ../nbs/00_hooks.ipynb #ead9c8ae
 @patch(as_prop=True)
 def weight_hash(self:VLM) -> str:
-    "sha256 of the safetensors files; the revision of a model from the Hub; sha256 of the parameters of one built in code. Computed once."
-    if self._hash is None and self.revision: self._hash = self.revision
-    if self._hash is None:
-        digest, files = hashlib.sha256(), sorted(self.folder.glob("*.safetensors")) if self.folder else []
-        for file in files:
-            with file.open("rb") as f:
-                while block := f.read(1 << 20): digest.update(block)
-        for key, value in () if files else sorted(self.model.state_dict().items()):
-            digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
-            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-        self._hash = digest.hexdigest()
-    return self._hash
+    """Identity of the weights as they are now.
+
+    Of weights as loaded: sha256 of the safetensors files, or the revision of a model from the Hub. Of weights that were
+    built or changed in memory: sha256 of the parameters. Each is computed once.
+    """
+    mark = self._mark()
+    files = sorted(self.folder.glob("*.safetensors")) if self.folder and self._loaded in (None, mark) else []
+    if mark not in self._hash and self.revision and self._loaded in (None, mark): self._hash[mark] = self.revision
+    if mark not in self._hash: self._hash[mark] = _sha256_of_files(files) if files else self._sha256_of_weights()
+    return self._hash[mark]
 
 # %% ../nbs/00_hooks.ipynb #98cf5371
 @patch

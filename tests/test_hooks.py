@@ -5,10 +5,12 @@ import shutil
 from dataclasses import replace
 
 import numpy as np
+import peft
 import pytest
 import torch
 from PIL import Image, ImageOps
 
+from tokenizers import normalizers
 from transformers import AutoConfig, LlavaConfig
 
 from spatialid import hooks as library
@@ -847,3 +849,97 @@ def test_a_function_that_returns_no_rows_says_so(vlm, function):
         with pytest.raises(ValueError, match="the patch of 'subject' at layer 2 gives .* for rows"): vlm.run(ask())
     with pytest.raises(ValueError, match="edits are .layer: .group, new"):
         with vlm.patch([("subject", torch.zeros(32))]): pass
+
+
+# Weights as they are now -------------------------------------------------------------------------------------------
+
+def scaled(model): model.model.language_model.layers[1].self_attn.o_proj.weight.mul_(3)
+def one_neuron(model): model.model.language_model.layers[1].mlp.down_proj.weight[:, 5] = 0
+def past_autograd(model): model.model.language_model.layers[1].mlp.down_proj.weight.data[3, 7] += 1
+def two_rows_exchanged(model):
+    rows = model.get_input_embeddings().weight
+    rows[5:7] = rows[5:7].flip(0).clone()
+def another_tensor(model): model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight + 1)
+def an_adapter(model): model.add_adapter(peft.LoraConfig(r=2, target_modules=["o_proj"], init_lora_weights=False))
+
+
+@pytest.mark.parametrize("change", [scaled, one_neuron, past_autograd, two_rows_exchanged, another_tensor, an_adapter])
+def test_the_identity_is_that_of_the_live_weights(saved, change):
+    first, second = (VLM.load(saved, device="cpu") for _ in range(2))
+    before = first.weight_hash
+    for vlm in (first, second):
+        torch.manual_seed(0)
+        with torch.no_grad(): change(vlm.model)
+    assert first.weight_hash != before and first.weight_hash == second.weight_hash, "changed alike, asked after"
+
+
+def test_weights_put_back_are_those_of_the_file(saved):
+    vlm = VLM.load(saved, device="cpu")
+    before, kept = vlm.weight_hash, {k: v.clone() for k, v in vlm.model.state_dict().items()}
+    with torch.no_grad(): scaled(vlm.model)
+    assert vlm.weight_hash != before
+    vlm.model.load_state_dict(kept)
+    assert vlm.weight_hash == before
+    vlm.revision = "0" * 40 # as from the Hub
+    vlm._hash.clear()
+    assert vlm.weight_hash == vlm.revision
+    with torch.no_grad(): scaled(vlm.model)
+    assert vlm.weight_hash not in (before, vlm.revision)
+
+
+def test_an_adapter_that_is_switched_off_is_another_model(saved):
+    vlm = VLM.load(saved, device="cpu")
+    with torch.no_grad(): an_adapter(vlm.model)
+    on = vlm.weight_hash
+    vlm.model.disable_adapters()
+    off = vlm.weight_hash
+    vlm.model.enable_adapters()
+    assert off != on == vlm.weight_hash
+
+
+# Found elsewhere ---------------------------------------------------------------------------------------------------
+
+VIDEO = [name for name, family in FAMILIES.items() if family.frames]
+
+
+@pytest.mark.parametrize("family", VIDEO)
+def test_a_video_may_be_a_single_frame(family):
+    vlm = VLM(*tiny(family), family)
+    run, moved = vlm.run([film(0), film(1)], [2], "objects"), vlm.run(film(0, 1))
+    assert run.logits.isfinite().all() and not torch.equal(run.logits[0], run.logits[1])
+    assert vlm.positions(film(0), "video") and not torch.equal(run.logits[:1], moved.logits)
+
+
+WORDS = ("cafe\u0301", "e\u0301", "ås", "\u1112\u1161\u11ab", "cup\ufe0f") # composed by NFC, or of no width
+
+
+@pytest.mark.parametrize("kind", ["metaspace", "bytes"])
+@pytest.mark.parametrize("normalizer", ["NFC", "NFKC", "NFD"])
+def test_a_word_may_be_written_in_more_characters_than_its_tokens_hold(kind, normalizer):
+    model, processor = tiny_llava(kind=kind)
+    processor.tokenizer.backend_tokenizer.normalizer = getattr(normalizers, normalizer)()
+    vlm = VLM(model, processor)
+    for word in WORDS:
+        query = Query(None, "Is the {subject} left of the {object}?", {"subject": word, "object": "cup"})
+        (row,) = vlm.positions(query, "subject")
+        assert vlm.tokens(query)[row + 1] in ("▁left", "Ġleft"), "the token after the word is the next word"
+
+
+def test_a_word_that_the_tokenizer_drops_has_no_place():
+    model, processor = tiny_llava(kind="bytes")
+    processor.tokenizer.backend_tokenizer.normalizer = normalizers.Replace("z", "")
+    with pytest.raises(ValueError, match="no token holds character .* or another spelling"):
+        VLM(model, processor).positions(Query(None, "Is the {subject} left?", {"subject": "cupz"}), "subject")
+
+
+@pytest.mark.parametrize("offloaded", ["model.language_model.embed_tokens", "model.language_model.norm", "lm_head"])
+def test_a_model_that_is_partly_on_disk_is_asked_as_any_other(saved, vlm, tmp_path, offloaded):
+    parts = [f"model.language_model.{part}" for part in ("embed_tokens", "layers", "norm", "rotary_emb")]
+    parts += ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
+    where = {part: "disk" if part == offloaded else "cpu" for part in parts}
+    loaded = VLM.load(saved, device_map=where, offload_folder=str(tmp_path))
+    assert loaded.device == torch.device("cpu")
+    mine, theirs = (v.run(MIXED, [2], "last") for v in (loaded, vlm))
+    assert torch.allclose(mine.logits, theirs.logits, atol=1e-5)
+    assert torch.allclose(mine.residual(2), theirs.residual(2), atol=1e-5)
+    assert loaded.weight_hash == VLM.load(saved, device="cpu").weight_hash
