@@ -19,7 +19,7 @@ from pathlib import Path
 from threading import RLock, Thread
 
 from . import _HOME
-from .claims import claims, claims_markdown, claims_table, claims_text, notebooks_dir, verdict_of
+from .claims import claims, claims_markdown, claims_table, claims_text, notebooks_dir
 from .results import FLAGSHIP, bundled, results_dir, results_root, write_bytes, write_json
 
 # %% ../nbs/11_rerun.ipynb #4763ad95
@@ -384,7 +384,7 @@ def model_page(
     rows = [r for r in claims(name) if r["model"] == name]
     judged = [r for r in rows if r["ours"] is not None]
     if judged: parts += ["## Claims", claims_markdown(judged)]
-    silent = [f"{r['id']} ({r['reason']})" for r in rows if verdict_of(r) == "not judged"]
+    silent = [f"{r['id']} ({r['reason']})" for r in rows if r["status"] == "not judged"]
     if silent: parts += [f"Not judged on this model: {'; '.join(silent)}."]
     for path in notebooks().values():
         shown = {f: heading for f, heading in figures_of(path).items() if (folder/f"{f}.png").is_file()}

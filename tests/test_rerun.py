@@ -288,7 +288,7 @@ def test_the_papers_claims(monkeypatch):
         if e["rule"]:
             assert set(e["rule"]) - {"model", "named"} == {"notebook", "key", "op", "threshold"} and e["rule"]["op"] in OPS and e["measure"]
             assert e["rule"]["notebook"] in rerun.notebooks()
-    assert {r["status"] for r in rerun.claims("llava-tiny")} <= {"holds", "does not hold", "not yet run"}
+    assert {r["status"] for r in rerun.claims("llava-tiny")} <= {"holds", "does not hold", "not judged", "not yet run"}
 
 
 @pytest.mark.parametrize("command", ["run", "reproduce", "claims", "models"])
@@ -318,7 +318,7 @@ def test_what_a_model_cannot_give_is_read_from_the_model_that_the_rule_names(lab
     number = lambda v: {"value": v, "low": v, "high": v, "n": 2}
     write("toy", {"value": None, "low": None, "high": None, "n": 0, "not_judged": "it has no table"})
     row, = rerun.claims("toy")
-    assert (row["status"], row["reason"]) == ("not yet run", "it has no table")
+    assert (row["status"], row["reason"]) == ("not judged", "it has no table")
     lab.notebook("01_a", "pass")
     assert "1 not judged, 0 not yet run" in rerun.claims_text([row]) and "Not judged on this model: x (it has no table)." in rerun.model_page("toy")
     write("other", number(1))
