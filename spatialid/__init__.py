@@ -8,7 +8,7 @@ _HOME = {
     "sweep": "sweeps", "Sweep": "sweeps",
     "SpatialIDs": "extraction", "extract": "extraction", "stored_ids": "extraction", "subsample": "extraction",
     "FreeScenes": "data", "GridScenes": "data", "grid_pairs": "data", "Benchmark": "data", "Videos": "data",
-    "GridVideos": "data", "MVBench": "data",
+    "GridVideos": "data", "MVBench": "data", "Questions": "data", "placed": "data",
     "left_right": "mirror_swap", "mirrored": "mirror_swap",
     "diagnose": "diagnosis",
     "judge": "claims", "report": "claims",

@@ -6,10 +6,12 @@
 __all__ = ['GLYPHS', 'OBJECTS', 'COLOURS', 'LEFT_RIGHT', 'ABOVE_BELOW', 'KINDS', 'MARGIN', 'PLACES', 'BEFORE_AFTER',
            'VIDEO_KINDS', 'TIMES', 'STAMPS', 'SCENES', 'Objects', 'own_colour', 'paste', 'noise_background',
            'background', 'grid_pairs', 'GridScene', 'GridScenes', 'Thing', 'relation', 'between', 'place', 'Scene',
-           'question_texts', 'FreeScenes', 'write_benchmark', 'Row', 'single', 'Benchmark', 'moment', 'Video', 'Videos',
-           'GridVideo', 'GridVideos', 'write_video', 'read_video', 'stamped', 'write_mvbench', 'SceneRow', 'MVBench']
+           'question_texts', 'FreeScenes', 'write_benchmark', 'Row', 'single', 'Benchmark', 'Question', 'Questions',
+           'by_pairs', 'placed', 'moment', 'Video', 'Videos', 'GridVideo', 'GridVideos', 'write_video', 'read_video',
+           'stamped', 'write_mvbench', 'SceneRow', 'MVBench']
 
 # %% ../nbs/01_data.ipynb #3c66032d
+import csv
 import hashlib
 import json
 import math
@@ -17,14 +19,16 @@ import os
 import re
 import shutil
 import tempfile
+import textwrap
 import warnings
 import zipfile
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import lru_cache
-from io import BytesIO
+from io import BytesIO, StringIO
 from itertools import permutations
 from pathlib import Path
+from string import Formatter
 
 import av
 import matplotlib
@@ -672,6 +676,144 @@ class Benchmark:
 def _left_out(n):
     "What to say of boxes that cannot be used."
     return f" ({n} left out: a crowd, or a box without an area)" if n else ""
+
+# %% ../nbs/01_data.ipynb #997fe35e
+_CELLS = ("subject_cell", "object_cell")
+
+def _template(question):
+    "A question with its marked words, `{subject:cup}`, as a template and its words. ValueError for a mark without a word."
+    template, words = "", {}
+    for literal, mark, word, _ in Formatter().parse(question):
+        template += literal.replace("{", "{{").replace("}", "}}")
+        if mark is None: continue
+        if not mark.isidentifier() or not word:
+            raise ValueError(f"the mark {{{mark}}} has no word: write it as {{subject:cup}}")
+        if words.setdefault(mark, word) != word:
+            raise ValueError(f"{{{mark}}} marks {words[mark]!r} and {word!r}: give each word a mark of its own")
+        template += f"{{{mark}}}"
+    return template, words
+
+@dataclass(frozen=True)
+class Question:
+    "A question of one's own about a picture; with `cells`, also a grid scene to extract spatial IDs from."
+    index: int # in the file
+    picture: object # path, PIL picture, or None
+    template: str
+    words: dict
+    answers: tuple
+    truth: str|None = None
+    kind: str = ""
+    cells: tuple|None = None # (column, row) of the subject and of the object
+    size: int = 1 # own pictures count as of one size
+
+    def image(self):
+        "The picture as a viewer shows it. ValueError naming a file that cannot be read."
+        return _picture(self.picture) if isinstance(self.picture, Path) else self.picture
+    def query(self, template:str|None=None) -> Query: # another text, with the same marks
+        "The question with its picture."
+        words = {m: w for m, w in self.words.items() if template is None or f"{{{m}}}" in template}
+        return Query(self.image(), template or self.template, words, self.answers, self.truth, self.kind)
+    def _cell(self, which):
+        if self.cells is None:
+            raise ValueError(f"question {self.index} does not say where its objects stand: give it {' and '.join(_CELLS)}, "
+                             "column and row from 0")
+        return self.cells[which]
+    @property
+    def b_cell(self): return self._cell(0)
+    @property
+    def a_cell(self): return self._cell(1)
+    @property
+    def b(self): return self.words["subject"]
+    @property
+    def a(self): return self.words["object"]
+
+# %% ../nbs/01_data.ipynb #53466f6e
+def _json_lines(path):
+    "(number of the line, what it holds) of JSON Lines. ValueError naming a broken line."
+    for k, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
+        if not line.strip(): continue
+        try: item = json.loads(line)
+        except ValueError as e: raise ValueError(f"line {k}: no JSON ({e})") from e
+        if not isinstance(item, dict): raise ValueError(f"line {k}: {textwrap.shorten(line, 60)} is no object {{…}}")
+        yield k, item
+
+def _csv_rows(path):
+    "(number of the line, its columns) of CSV with commas, semicolons or tabs. ValueError for a row of another length."
+    text = path.read_text(encoding="utf-8-sig")
+    head = text.partition("\n")[0]
+    rows = csv.DictReader(StringIO(text, newline=""), delimiter=max(",;\t", key=head.count), skipinitialspace=True, strict=True)
+    try:
+        for item in rows:
+            if None in item or None in item.values():
+                raise ValueError(f"line {rows.line_num}: not as many columns as the first line: put texts with commas in quotes")
+            yield rows.line_num, item
+    except csv.Error as e: raise ValueError(f"line {rows.line_num}: {e}") from e
+
+def _answers(given):
+    "Answers as a tuple, from a list or from `left|right`."
+    return tuple(a.strip() for a in given.split("|")) if isinstance(given, str) else tuple(given)
+
+def _cell_pair(item):
+    "The cells of subject and object, each from [1, 3] or `1 3`; None where there are none. ValueError for anything else."
+    given = [item.get(name) for name in _CELLS]
+    if given in ([None, None], ["", ""]): return None
+    cells = [tuple(map(int, re.findall(r"\d+", str(one)))) for one in given]
+    if [len(c) for c in cells] != [2, 2]:
+        raise ValueError(f"cannot read the cells {given[0]!r} and {given[1]!r}: give column and row of both, such as 1 3")
+    return tuple(cells)
+
+# %% ../nbs/01_data.ipynb #92b6c527
+class Questions:
+    """Questions of one's own from a CSV or JSON Lines file, as a sequence of `Question`.
+
+    FileNotFoundError without the file, ValueError naming file, line and cause for a row that cannot be asked."""
+    def __init__(self, path:str|Path): # .csv, .jsonl; columns picture, question, answers; truth, kind, subject_cell, object_cell
+        self.path = Path(path)
+        if not self.path.is_file(): raise FileNotFoundError(f"no file {str(path)!r}: give one with a question in each row")
+        read = _csv_rows if self.path.suffix.lower() in (".csv", ".tsv") else _json_lines
+        try: self.rows = [self._row(i, *one) for i, one in enumerate(read(self.path))]
+        except ValueError as e: raise ValueError(f"{str(path)!r}, {e}") from e
+        if not self.rows: raise ValueError(f"{str(path)!r} holds no question: write one in each row")
+
+    def _row(self, i, line, item):
+        if missing := [k for k in ("picture", "question", "answers") if k not in item]:
+            raise ValueError(f"line {line}: no {' and no '.join(missing)}; it has {', '.join(map(str, item))}")
+        picture = item["picture"] and self.path.parent / str(item["picture"])
+        if picture and not picture.is_file():
+            raise ValueError(f"line {line}: no picture {str(picture)!r}: paths are seen from the folder of the file")
+        try:
+            template, words = _template(str(item["question"]))
+            made = Question(i, picture or None, template, words, _answers(item["answers"]), item.get("truth") or None,
+                            item.get("kind") or "", _cell_pair(item))
+            Query(None, template, words, made.answers, made.truth, made.kind)
+        except (TypeError, ValueError) as e: raise ValueError(f"line {line}: {e}") from e
+        return made
+
+    def __len__(self): return len(self.rows)
+    def __getitem__(self, i): return self.rows[i]
+    def scenes(self) -> list: # of `Question`
+        "The questions pair by pair, to `extract` spatial IDs from. ValueError for one without cells or without both objects."
+        return by_pairs(self.rows)
+
+def by_pairs(
+    questions:list, # of `Question`
+) -> list: # the same, those about one pair of objects together
+    "Questions in the order that `extract` takes. ValueError for one without cells, or without a subject and an object."
+    for q in questions:
+        q.b_cell  # says what to do where there is none
+        if q.picture is None: raise ValueError(f"question {q.index} has no picture: IDs are extracted from pictures")
+        if missing := {"subject", "object"} - q.words.keys():
+            raise ValueError(f"question {q.index} marks no {' and no '.join(sorted(missing))}: mark both nouns")
+    return sorted(questions, key=lambda q: (q.a, q.b))
+
+def placed(
+    queries:list, # of `Query` about pictures
+    cells:list, # for each, (column, row) of its subject and of its object, from 0: ((1, 3), (0, 2))
+) -> list: # of `Question`, pair by pair
+    "Queries as grid scenes to `extract` spatial IDs from. ValueError for another number of cells, or a query without both objects."
+    if len(queries) != len(cells): raise ValueError(f"{len(queries)} queries and {len(cells)} pairs of cells: give one for each query")
+    return by_pairs([Question(i, q.image, q.template, q.words, q.answers, q.truth, q.kind, tuple(map(tuple, c)))
+                     for i, (q, c) in enumerate(zip(queries, cells))])
 
 # %% ../nbs/01_data.ipynb #d0c6ca57
 BEFORE_AFTER = "Does the {subject} appear before or after the {object}?"

@@ -32,6 +32,7 @@ from .results import provenance as make_provenance, results_dir, rng, stored_pat
 
 # %% ../nbs/03_extraction.ipynb #83ab037e
 from .data import LEFT_RIGHT as TEMPLATE
+from .hooks import Query
 
 # %% ../nbs/03_extraction.ipynb #16423e47
 def centred_ids(
@@ -524,7 +525,13 @@ class SceneIndex:
 
 
 def index_scenes(scenes)->SceneIndex:
-    "Read the factors of grid scenes. ValueError if there are none, pairs are mixed up, or a pair never shows the object in some cell."
+    """Read the factors of grid scenes.
+
+    ValueError if there are none, they do not say where their objects are, pairs are mixed up, or a pair never shows the
+    object in some cell."""
+    if len(scenes) and isinstance(scenes[0], Query):
+        raise ValueError("a Query does not say in which cells its objects are: give GridScenes, or placed(queries, cells) "
+                         "with the cells of the subject and the object of each")
     pairs, sizes, rows = {}, sorted({s.size for s in scenes}), np.empty((len(scenes), 4), np.int32)
     m = 1 + max((max(*s.a_cell, *s.b_cell) for s in scenes), default=-1)
     if m < 2:

@@ -19,8 +19,8 @@ from pathlib import Path
 from threading import RLock, Thread
 
 from . import _HOME
-from .claims import claims, claims_markdown, claims_table, claims_text, notebooks_dir, verdict_of
-from .results import FLAGSHIP, bundled, results_dir, results_root, write_bytes, write_json
+from .claims import claims, claims_markdown, claims_table, claims_text, notebooks_dir
+from .results import FLAGSHIP, bundled, own_results_dir, results_dir, results_root, write_bytes, write_json
 
 # %% ../nbs/11_rerun.ipynb #4763ad95
 class UsageError(Exception):
@@ -140,6 +140,7 @@ def run_notebook(
     import papermill as pm
     for name in ("papermill", "asyncio"): logging.getLogger(name).setLevel(logging.CRITICAL)  # what fails is raised below, once
     if model: params["model"] = model
+    if "model" in parameters_of(path): own_results_dir(params.get("model") or parameters_of(path)["model"])
     out = runs_dir(params.get("model") or parameters_of(path).get("model"))/path.name
     write_bytes(out, b"")  # a folder that cannot be written is found now, not after the hours of work
     nb = read_notebook(path)
@@ -336,7 +337,9 @@ def reproduce(
 ) -> int: # exit code: 0 if everything is done, 1 if something failed, 130 if interrupted
     """Run every experiment for every model, except what is done; after an interruption the same command continues. Ends with the claims."""
     models, short, finished, failed, running = [check_model(m) for m in models], [check_model(m) for m in short], [], [], {}
-    for model in (*models, *short): write_bytes(runs_dir(model)/".probe", b"").unlink()
+    for model in (*models, *short):
+        own_results_dir(model)
+        write_bytes(runs_dir(model)/".probe", b"").unlink()
     small = {*models, *short} & set(bundled())
     try:
         for side_by_side in (True, False):
@@ -352,8 +355,8 @@ def reproduce(
         where = ", ".join(_name(*job) for job in running.values()) or "nothing"
         print(f"\nInterrupted in {where}. Finished: {', '.join(finished) or 'nothing yet'}. The same command continues from here.", file=sys.stderr)
         return 130
-    names = [Path(m).name for m in models if medium_of(m) != "video"] or [Path(m).name for m in models]
-    if names: print("\n" + (claims_text(claims(names[0])) if len(names) == 1 else claims_table([*(Path(m).name for m in models), "models"])))
+    names = [m for m in models if medium_of(m) != "video"] or models
+    if names: print("\n" + (claims_text(claims(names[0])) if len(names) == 1 else claims_table([*models, "models"])))
     for model in short: print(f"\n{Path(model).name} in short: numbers and figures in {results_dir(model)/'quick'}")
     if failed: print(f"\nFailed: {', '.join(failed)}", file=sys.stderr)
     return int(bool(failed))
@@ -384,7 +387,7 @@ def model_page(
     rows = [r for r in claims(name) if r["model"] == name]
     judged = [r for r in rows if r["ours"] is not None]
     if judged: parts += ["## Claims", claims_markdown(judged)]
-    silent = [f"{r['id']} ({r['reason']})" for r in rows if verdict_of(r) == "not judged"]
+    silent = [f"{r['id']} ({r['reason']})" for r in rows if r["status"] == "not judged"]
     if silent: parts += [f"Not judged on this model: {'; '.join(silent)}."]
     for path in notebooks().values():
         shown = {f: heading for f, heading in figures_of(path).items() if (folder/f"{f}.png").is_file()}
@@ -402,6 +405,7 @@ def _parser():
     run = add("run", "Execute one notebook for a model into results/<model>/", "spatialid run 03 --model llava-tiny -p n_pairs=20")
     run.add_argument("notebook", help="number or name, such as 03 or 03_extraction")
     run.add_argument("--model", help="bundled name, folder or Hub id (default: the notebook's own)")
+    run.add_argument("--name", help="what to call the results of a folder or Hub id (default: the last part of the model's name)")
     run.add_argument("-p", dest="params", action="append", default=[], metavar="NAME=VALUE", help="a parameter of the notebook; may be repeated")
     rep = add("reproduce", "Execute every experiment that is not done yet, then print the claims", "spatialid reproduce --models llava-tiny,llava-tiny-early")
     rep.add_argument("--models", help=f"names separated by commas, or all for every bundled model (default: {','.join(REPRODUCED)}, and {FLAGSHIP} in short)")
@@ -431,6 +435,10 @@ def _run(args):
         if medium_of(parameters_of(path)["model"]) == "video" and _takes_no_videos(model):
             raise UsageError(f"{path.stem} is about videos, and {args.model} takes pictures only; its experiments are {', '.join(p.stem for p in experiments(model))}")
         if _first(path, model) and not (results_dir(model)/"spatial_ids.safetensors").is_file(): raise UsageError(f"{path.stem} needs the spatial IDs of {model}: run `spatialid run 03 --model {model}` first")
+    if args.name:
+        if not args.model: raise UsageError("--name is for the results of a model: give --model too")
+        try: own_results_dir(model, args.name)
+        except ValueError as e: raise UsageError(f"--name {args.name}: {e}") from e
     print(run_notebook(path, model if args.model else None, **params))
 
 def _claims(args):

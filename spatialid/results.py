@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FLAGSHIP', 'OKABE_ITO', 'results_root', 'results_dir', 'whole_name', 'bundled', 'quick_path', 'stored_path',
-           'write_bytes', 'write_json', 'rng', 'spanning', 'bootstrap', 'over_seeds', 'size_of', 'told', 'provenance',
-           'save_results', 'load_results', 'style', 'save_figure']
+           'write_bytes', 'own_results_dir', 'write_json', 'rng', 'spanning', 'bootstrap', 'over_seeds', 'size_of',
+           'told', 'provenance', 'save_results', 'load_results', 'style', 'save_figure']
 
 # %% ../nbs/00_results.ipynb #7e1a8d2e
 import hashlib, json, math, os, re, subprocess, time
@@ -28,36 +28,42 @@ def results_dir(
 ) -> Path:
     """The results folder of a model: `<root>/results/<last part of its name>`. ValueError if nothing usable remains.
 
-    Where that folder is another model's (a bundled one's, or of another folder or Hub id), a hash of the path is added."""
+    Where that folder is another model's (a bundled one's, or of another folder or Hub id), a hash of the path is added.
+    A folder that `own_results_dir` has marked as this model's comes first."""
     name = re.sub(r"[^\w.-]", "_", str(model).rstrip("/").split("/")[-1])
     if not name.strip("._"):
         raise ValueError(f"cannot name a results folder after the model {model!r}; give a bundled name, a folder or a Hub id")
-    folder = results_root()/"results"/name
-    if not _is_anothers(folder, model):
-        return folder
-    return folder.with_name(f"{name}-{hashlib.sha256(whole_name(model).encode()).hexdigest()[:6]}")
+    whole, results = whole_name(model), results_root()/"results"
+    if "/" not in whole:
+        return results/name
+    marked = [mark.parent for mark in sorted(results.glob(f"*/{_MARK}")) if _owner(mark.parent) == whole]
+    if marked or not _is_anothers(results/name, whole):
+        return (marked or [results/name])[0]
+    return results/f"{name}-{hashlib.sha256(whole.encode()).hexdigest()[:6]}"
 
 def whole_name(
     model:str, # bundled name, local folder or Hub id
 ) -> str:
-    """What tells models of one name apart: the whole path of a folder, else the name or the Hub id."""
-    folder = Path(model)
-    weights = any((folder/name).is_file() for name in ("config.json", "adapter_config.json"))
-    return str(folder.resolve()) if weights else str(model)
+    """What tells models of one name apart: the name of a bundled one, the whole path of a folder, else the Hub id."""
+    name, path = str(model), Path(model).expanduser()
+    if name in bundled() or not path.is_dir(): return name.rstrip("/")
+    is_model = any((path/file).is_file() for file in ("config.json", "adapter_config.json"))
+    if "/" not in name and not is_model: return name  # a folder of that name happens to be here
+    path = path.resolve()
+    return next((known for known, folder in bundled().items() if folder.resolve() == path), str(path))
 
-def _is_anothers(folder, model):
+_MARK = "source.txt"  # in a results folder: whose it is
+
+def _owner(folder):
+    "The model whose results are in a folder, by its mark or else by the provenance of its numbers; None if unknown."
+    if (folder/_MARK).is_file(): return (folder/_MARK).read_text(encoding="utf-8")
+    for path in sorted((*folder.glob("[0-9]*.json"), *folder.glob("quick/[0-9]*.json"))):
+        found = json.loads(path.read_text(encoding="utf-8")).get("provenance", {}).get("model")
+        if found: return whole_name(found)
+
+def _is_anothers(folder, whole):
     "Whether the results in `folder` are those of another model of the same name."
-    if folder.name in bundled():
-        return whole_name(model) not in (folder.name, str(bundled()[folder.name].resolve()))
-    owner = folder/"source.txt"
-    return owner.is_file() and owner.read_text(encoding="utf-8") != whole_name(model)
-
-def _own(model):
-    "The results folder of a model, marked as its own; bundled models need no mark."
-    folder = results_dir(model)
-    if folder.name not in bundled() and "/" in whole_name(model) and not (folder/"source.txt").is_file():
-        write_bytes(folder/"source.txt", whole_name(model).encode())
-    return folder
+    return folder.name in bundled() or _owner(folder) not in (None, whole)
 
 # %% ../nbs/00_results.ipynb #09445e51
 FLAGSHIP = "llava-smol"
@@ -76,7 +82,7 @@ def quick_path(
 
     Other files, unfinished work in `results/.work`, and all files of a full run stay where they are."""
     path, results = Path(path), results_root().absolute()/"results"
-    if not os.environ.get("SPATIALID_QUICK") or not path.absolute().is_relative_to(results):
+    if not os.environ.get("SPATIALID_QUICK") or path.name == _MARK or not path.absolute().is_relative_to(results):
         return path
     kept = path.absolute().relative_to(results).parts[0].startswith(".")
     return path if kept else path.parent/"quick"/path.name
@@ -86,6 +92,11 @@ def stored_path(
 ) -> Path:
     """Where to read a file: in a quick run the one that a quick run has written, if there is one."""
     return quick_path(path) if quick_path(path).is_file() else Path(path)
+
+def _refused(path, error):
+    "What to say of a file that cannot be written."
+    return OSError(f"cannot write {path}: {error.strerror or error}. Make the folder writable, free some space, "
+                   "or set SPATIALID_RESULTS to a folder that can be written")
 
 def write_bytes(
     path:str|Path, # destination; its folder is made if needed
@@ -102,11 +113,39 @@ def write_bytes(
     except OSError as e:
         try: temporary.unlink(missing_ok=True)
         except OSError: pass
-        raise OSError(f"cannot write {path}: {e.strerror or e}. Make the folder writable, free some space, "
-                      "or set SPATIALID_RESULTS to a folder that can be written") from e
+        raise _refused(path, e) from e
     if log := os.environ.get("SPATIALID_WRITTEN"):
         with open(log, "a", encoding="utf-8") as f: f.write(f"{path.absolute()}\n")
     return path
+
+def own_results_dir(
+    model:str, # bundled name, local folder or Hub id
+    name:str|None=None, # what to call its results; None: by the last part of its name
+) -> Path:
+    """The results folder of a model, marked as its own before anything is written there; bundled models need no mark.
+
+    ValueError for a name that another model's results have, or if this model's results have another name already."""
+    whole, folder = whole_name(model), results_dir(model)
+    if name: folder = _named(folder, whole, name)
+    if "/" not in whole or (folder/_MARK).is_file(): return folder
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder/_MARK, "x", encoding="utf-8") as mark: mark.write(whole)
+    except FileExistsError: return own_results_dir(model, name)  # another process was faster
+    except OSError as e: raise _refused(folder/_MARK, e) from e
+    return folder
+
+def _named(folder, whole, name):
+    "The folder of results called `name`; `folder` is the one without a name. ValueError where it cannot have it."
+    wanted = folder.parent/name
+    if "/" not in whole: raise ValueError(f"{whole} is a name already: a name is for the results of a folder or a Hub id")
+    if not re.fullmatch(r"\w[\w.-]*", name): raise ValueError(f"{name!r} cannot name a folder: take letters, digits, '_', '-' and '.'")
+    owner = name if name in bundled() else _owner(wanted)
+    if owner not in (None, whole) or (owner is None and wanted.is_dir() and any(wanted.iterdir())):
+        raise ValueError(f"{wanted} has the results of {owner or 'an unknown model'}: give another name")
+    if folder != wanted and (_owner(folder) == whole):
+        raise ValueError(f"the results of {whole} are in {folder}: go on without a name, or rename that folder to {name!r}")
+    return wanted
 
 # %% ../nbs/00_results.ipynb #8972e678
 def _plain(o):
@@ -240,7 +279,7 @@ def save_results(
 ) -> Path:
     """Write `results/<model>/<notebook>.json`: the provenance, then the numbers. ValueError if `numbers` has a provenance of its own."""
     if "provenance" in numbers: raise ValueError("the key 'provenance' is reserved; pass it as the last argument")
-    return write_json(_own(model)/f"{notebook}.json", {"provenance": provenance, **numbers})
+    return write_json(own_results_dir(model)/f"{notebook}.json", {"provenance": provenance, **numbers})
 
 def load_results(
     model:str, # bundled name, local folder or Hub id
@@ -272,4 +311,4 @@ def save_figure(
     """Write `results/<model>/<name>.png`, the same bytes for the same picture (no date in the file)."""
     png = BytesIO()
     with style(): fig.savefig(png, format="png", bbox_inches="tight", metadata={"Software": None})
-    return write_bytes(_own(model)/f"{name}.png", png.getvalue())
+    return write_bytes(own_results_dir(model)/f"{name}.png", png.getvalue())

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from spatialid.claims import OPS, holds, judge, register, report
+from spatialid.claims import OPS, claims, claims_markdown, claims_text, holds, judge, register, report
+from spatialid.results import save_results
 
 NBS = Path(__file__).parents[1]/"nbs"
 
@@ -51,3 +52,25 @@ def test_no_experiment_has_a_threshold_of_its_own():
         assert "does not hold" not in source, f"{path.stem}: ask `judge` or `report`"
         asked = re.findall(r"\b(?:report|judge|judged)\('([\w.-]+)'", source)
         assert {register()[id]["rule"]["notebook"] for id in asked} <= {path.stem}
+
+
+@pytest.mark.parametrize("found, why", [
+    ({"value": .8, "low": None, "high": None, "n": 1}, "0.80 has no interval: n = 1 is too small for one"),
+    ({"value": .8, "low": .7, "high": .9, "n": None}, "0.80 has no interval: the sample is too small for one"),
+    ({"value": None, "low": None, "high": None, "n": 0}, "the run found no number"),
+    ({"value": None, "low": None, "high": None, "n": 0, "not_judged": "no pictures"}, "no pictures"),
+])
+def test_what_was_run_without_an_interval_is_not_judged_and_says_why(tmp_path, monkeypatch, found, why):
+    "It is not \"not yet run\": running it again would change nothing."
+    monkeypatch.setenv("SPATIALID_NOTEBOOKS", str(tmp_path))
+    entry = dict(id="x", source="§1", claim="c", paper="1", note="", measure="m",
+                 rule={"notebook": "01_a", "key": "claims.share", "op": ">", "threshold": .5})
+    elsewhere = {**entry, "id": "y", "rule": {**entry["rule"], "key": "claims.other"}}
+    (tmp_path/"claims.json").write_text(json.dumps([entry, elsewhere]))
+    assert {row["status"] for row in claims("toy")} == {"not yet run"}
+    save_results("toy", "01_a", {"claims": {"share": found}}, {"model": "toy"})
+    run, left_out = claims("toy")
+    assert (run["status"], run["reason"], run["ours"]) == ("not judged", why, None)
+    assert (left_out["status"], left_out["reason"]) == ("not yet run", None)
+    assert why in claims_text([run]) and "1 not judged, 0 not yet run" in claims_text([run])
+    assert f"{why} | not judged |" in claims_markdown([run])

@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 import spatialid.data
-from spatialid.data import (COLOURS, KINDS, OBJECTS, PLACES, SCENES, Benchmark, FreeScenes, GridScenes, MVBench, Objects, Thing, Videos, background, between, grid_pairs,
-                            noise_background, own_colour, paste, place, read_video, relation, stamped, write_benchmark, write_mvbench, write_video)
+from spatialid.data import (COLOURS, KINDS, OBJECTS, PLACES, SCENES, Benchmark, FreeScenes, GridScenes, MVBench, Objects, Questions, Thing, Videos, background, between, grid_pairs,
+                            noise_background, own_colour, paste, place, placed, read_video, relation, stamped, write_benchmark, write_mvbench, write_video)
 from spatialid.results import bootstrap, rng
 
 pixels = lambda im: np.asarray(im).astype(int)
@@ -286,6 +286,72 @@ def test_a_video_list_may_begin_with_a_mark_and_has_to_be_a_list(tmp_path):
     with pytest.raises(FileNotFoundError, match="leaves no question"): MVBench(tmp_path)
     (tmp_path / "mvbench_scene_queries.json").write_text('{"video_path": "a"}')
     with pytest.raises(ValueError, match="lists no questions"): MVBench(tmp_path)
+
+
+HEAD, ASKED = "picture,question,answers,truth", "Is the {subject:cup} to the left or right of the {object:hot dog}?"
+
+
+def own(folder, text, name="mine.csv"):
+    "A file of questions beside a picture."
+    Image.new("RGB", (50, 40), (9, 9, 200)).save(folder / "desk.png")
+    (folder / name).write_text(text, encoding="utf-8")
+    return folder / name
+
+
+def test_questions_of_ones_own_are_the_same_from_every_kind_of_file(tmp_path):
+    "Commas, semicolons or tabs, with a byte-order mark or spaces after the commas, or JSON Lines."
+    line = json.dumps(dict(picture="desk.png", question=ASKED, answers=["left", "right"], truth="left"))
+    files = {"a.csv": f"{HEAD}\ndesk.png,{ASKED},left|right,left\n", "b.csv": f"\ufeff{HEAD}\r\ndesk.png,{ASKED},left | right,left\r\n\r\n",
+             "c.csv": f"{HEAD};\n".replace(",", ";").replace(";\n", "\n") + f"desk.png;{ASKED};left|right;left",
+             "d.tsv": f"{HEAD}\ndesk.png,{ASKED},left|right,left\n".replace(",", "\t"),
+             "e.csv": f"{HEAD}\ndesk.png,{ASKED},left|right,left\n".replace(",", ", "), "f.jsonl": f"\n\ufeff{line}\n".lstrip()}
+    for name, text in files.items():
+        question, = Questions(own(tmp_path, text, name))
+        q = question.query()
+        assert q.text == "Is the cup to the left or right of the hot dog?" and q.words == {"subject": "cup", "object": "hot dog"}, name
+        assert (q.answers, q.truth, q.image.size) == (("left", "right"), "left", (50, 40)), name
+    q = Questions(own(tmp_path, f"{HEAD},kind\n,Is a {{subject:cup}} a {{{{thing}}}}?,yes|no,,text\n"))[0].query()
+    assert (q.image, q.text, q.truth, q.kind) == (None, "Is a cup a {thing}?", None, "text"), "no picture, no truth, braces"
+
+
+@pytest.mark.parametrize("row, words", [
+    ("gone.png,Is it {subject:a}?,yes|no,yes", r"mine.csv', line 2: no picture '.*gone.png': paths are seen from"),
+    ("desk.png,Is the {subject} red?,yes|no,yes", r"line 2: the mark \{subject\} has no word: write it as \{subject:cup\}"),
+    ("desk.png,Is the {subject:a} by the {subject:b}?,yes|no,yes", "marks 'a' and 'b': give each word a mark of its own"),
+    ("desk.png,Is the {subject:a red?,yes|no,yes", "line 2: "), ("desk.png,Is it {subject:a}?,yes|no,maybe", "truth is 'maybe'"),
+    ("desk.png,Is it {subject:a}?,yes|,yes", "one of the answers .* is empty"), ("desk.png,Is it {image:a}?,yes|no,yes", "name of a group"),
+    ("desk.png,Is it, perhaps, {subject:a}?,yes|no,yes", "line 2: not as many columns as the first line: put texts with commas in quotes"),
+    ("desk.png,Is it {subject:a}?", "line 2: not as many columns"), ("", "holds no question"),
+])
+def test_a_question_that_cannot_be_asked_is_named_with_file_and_line(tmp_path, row, words):
+    with pytest.raises(ValueError, match=words): Questions(own(tmp_path, f"{HEAD}\n{row}\n"))
+
+
+@pytest.mark.parametrize("text, words", [
+    ("{", "mine.jsonl', line 1: no JSON"), ("[1]", "line 1: .1. is no object"),
+    ('{"picture": "desk.png", "question": "?"}', "line 1: no answers; it has picture, question"),
+    ('{"picture": null, "question": "?", "answers": 3}', "line 1: "),
+])
+def test_broken_json_lines_are_named(tmp_path, text, words):
+    with pytest.raises(ValueError, match=words): Questions(own(tmp_path, text, "mine.jsonl"))
+    with pytest.raises(FileNotFoundError, match="no file"): Questions(tmp_path / "gone.csv")
+
+
+def test_own_questions_with_cells_are_scenes_pair_by_pair(tmp_path):
+    rows = [f"desk.png,Where is the {{subject:{s}}} from the {{object:{o}}}?,left|right,,1 3,[0, 2]" for s, o in ("ab", "cb", "ab")]
+    questions = Questions(own(tmp_path, f"{HEAD},subject_cell,object_cell\n" + "\n".join(r.replace("[0, 2]", '"0, 2"') for r in rows)))
+    scenes = questions.scenes()
+    assert [(q.a, q.b, q.index) for q in scenes] == [("b", "a", 0), ("b", "a", 2), ("b", "c", 1)]
+    assert (scenes[0].b_cell, scenes[0].a_cell) == ((1, 3), (0, 2))
+    assert scenes[0].query("The {subject}").text == "The a", "asked otherwise, with the marks that there are"
+    with pytest.raises(ValueError, match="question 0 does not say where its objects stand: give it subject_cell and object_cell"):
+        Questions(own(tmp_path, f"{HEAD}\ndesk.png,{ASKED},left|right,left")).scenes()
+    with pytest.raises(ValueError, match="cannot read the cells '1' and '': give column and row of both, such as 1 3"):
+        Questions(own(tmp_path, f"{HEAD},subject_cell,object_cell\ndesk.png,{ASKED},left|right,left,1,"))
+    query = questions[0].query()
+    again, = placed([query], [((1, 3), (0, 2))])
+    assert (again.b, again.a, again.b_cell, again.a_cell, again.query().text) == ("a", "b", (1, 3), (0, 2), query.text)
+    with pytest.raises(ValueError, match="1 queries and 0 pairs of cells"): placed([query], [])
 
 
 def test_videos():

@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+from spatialid.data import placed
 from spatialid.extraction import (SpatialIDs, around, axis_null, choices, choose_layer, compare_slots, cosines, disjoint_halves,
                                   effective_dimensions, exchanged, extract, grid_axes, grid_design, grid_null, grid_statistics, index_scenes,
                                   leave_one_out, new_state, on_axes, orthonormal, over_null, over_subsets, pair_weights, smooth_codes, spread_layers,
@@ -417,6 +418,20 @@ def test_jackknife_is_the_textbook_one_and_contains_its_value():
     assert around(leave_one_out(np.ones(1)) @ np.ones(1)) == {"value": 1.0, "low": None, "high": None, "n": 1}
     assert around(np.array([0.5, np.nan, np.nan]))["low"] is None
     assert np.allclose(leave_one_out(np.array([1.0, 3.0])), [[0.25, 0.75], [0, 1], [1, 0]])
+
+
+def test_ids_of_ones_own_queries_are_those_of_the_scenes(vlm):
+    "Also in another order; plain queries are refused with what to give."
+    scenes = squares(PAIRS[:2], sizes=(224,))
+    queries, cells = [s.query(TEMPLATE) for s in scenes], [(s.b_cell, s.a_cell) for s in scenes]
+    shuffled = np.random.default_rng(0).permutation(len(scenes))
+    own = placed([queries[i] for i in shuffled], [cells[i] for i in shuffled])
+    ours, theirs = (extract(vlm, one, progress=False) for one in (own, scenes))
+    order = [ours.objects.index(name) for name in theirs.objects]
+    assert np.allclose(ours.table[order], theirs.table, atol=1e-5) and sorted(ours.pairs) == sorted(theirs.pairs)
+    with pytest.raises(ValueError, match=r"does not say in which cells its objects are: give GridScenes, or placed\(queries, cells\)"):
+        extract(vlm, queries)
+    with pytest.raises(ValueError, match="never shows the object in cell"): extract(vlm, [q for q in own if q.b_cell != (1, 1)])
 
 
 def test_the_last_layer_is_read_before_the_final_norm(vlm):

@@ -288,7 +288,7 @@ def test_the_papers_claims(monkeypatch):
         if e["rule"]:
             assert set(e["rule"]) - {"model", "named"} == {"notebook", "key", "op", "threshold"} and e["rule"]["op"] in OPS and e["measure"]
             assert e["rule"]["notebook"] in rerun.notebooks()
-    assert {r["status"] for r in rerun.claims("llava-tiny")} <= {"holds", "does not hold", "not yet run"}
+    assert {r["status"] for r in rerun.claims("llava-tiny")} <= {"holds", "does not hold", "not judged", "not yet run"}
 
 
 @pytest.mark.parametrize("command", ["run", "reproduce", "claims", "models"])
@@ -318,7 +318,7 @@ def test_what_a_model_cannot_give_is_read_from_the_model_that_the_rule_names(lab
     number = lambda v: {"value": v, "low": v, "high": v, "n": 2}
     write("toy", {"value": None, "low": None, "high": None, "n": 0, "not_judged": "it has no table"})
     row, = rerun.claims("toy")
-    assert (row["status"], row["reason"]) == ("not yet run", "it has no table")
+    assert (row["status"], row["reason"]) == ("not judged", "it has no table")
     lab.notebook("01_a", "pass")
     assert "1 not judged, 0 not yet run" in rerun.claims_text([row]) and "Not judged on this model: x (it has no table)." in rerun.model_page("toy")
     write("other", number(1))
@@ -475,6 +475,74 @@ def test_a_folder_without_a_model_is_a_name(tmp_path, monkeypatch):
     (tmp_path/"models").mkdir()
     monkeypatch.chdir(tmp_path)
     assert save_as("models", 1) == "models" and not [*tmp_path.rglob("source.txt")]
+
+
+def test_a_bundled_name_is_the_bundled_model_wherever_one_is(tmp_path, monkeypatch):
+    "As `VLM.load` reads it, also beside a folder of that name."
+    (tmp_path/"llava-tiny").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert results.results_dir("llava-tiny").name == "llava-tiny" != results.results_dir("./llava-tiny/..//llava-tiny").name
+
+
+def test_a_folder_is_marked_before_anything_is_written(tmp_path, monkeypatch):
+    "Figures, IDs and records go to it as well; in a quick run the mark is not hidden among the quick results."
+    monkeypatch.setenv("SPATIALID_QUICK", "1")
+    runs = [tmp_path/run/"ckpt" for run in ("a", "b")]
+    for folder in runs: folder.mkdir(parents=True)
+    first, second = (results.own_results_dir(str(folder)) for folder in runs)
+    assert first.name == "ckpt" and second.name.startswith("ckpt-")
+    assert [results.results_dir(folder) for folder in reversed(runs)] == [second, first]
+    assert [(f/"source.txt").read_text() for f in (first, second)] == [str(r.resolve()) for r in runs]
+    for folder in runs: results.save_results(folder, "01_a", {"x": str(folder)}, {})
+    assert [results.load_results(folder, "01_a")["x"] for folder in runs] == list(map(str, runs))
+
+
+def test_results_from_before_there_were_marks_are_told_by_their_provenance(tmp_path):
+    results.write_json(tmp_path/"results"/"model"/"03_x.json", {"provenance": {"model": "some/model"}, "x": 1})
+    assert save_as("some/model", 2) == "model" and save_as("other/model", 3).startswith("model-")
+    results.write_json(tmp_path/"results"/"mine"/"03_x.json", {"provenance": {"model": "some/model"}, "x": 1})
+    assert save_as("mine", 4) == "mine", "a name of one's own is no model"
+
+
+def test_results_can_be_named_once(tmp_path):
+    run, other = tmp_path/"runs"/"ckpt", tmp_path/"else"/"ckpt"
+    for folder in (run, other): folder.mkdir(parents=True)
+    assert results.own_results_dir(run, "mine").name == save_as(run, 1) == "mine" and results.results_dir(run).name == "mine"
+    assert results.own_results_dir(run, "mine").name == "mine" and results.load_results("mine", "01_a")["x"] == 1
+    for model, name, words in ((other, "mine", "has the results of .*ckpt: give another name"), (run, "yours", "go on without a name"),
+                               (other, "llava-tiny", "has the results of llava-tiny"), ("llava-tiny", "mine", "is a name already"),
+                               (other, "../x", "cannot name a folder")):
+        with pytest.raises(ValueError, match=words): results.own_results_dir(model, name)
+    (tmp_path/"results"/"notes").mkdir()
+    (tmp_path/"results"/"notes"/"a.txt").write_text("")
+    with pytest.raises(ValueError, match="has the results of an unknown model"): results.own_results_dir(other, "notes")
+
+
+def test_name_is_an_option_of_run(lab, capsys):
+    save = 'from spatialid.results import save_results\nsave_results(model, "01_a", {"n": n}, {})'
+    lab.notebook("01_a", save)
+    assert rerun.main(["run", "01", "--model", lab.toy, "--name", "mine"]) == 0
+    assert json.loads((lab.root/"results"/"mine"/"01_a.json").read_text())["n"] == 3 and not lab.runs.exists()
+    assert "--name other: the results of" in fails(capsys, 2, "run", "01", "--model", lab.toy, "--name", "other")
+    assert "give --model too" in fails(capsys, 2, "run", "01", "--name", "other")
+
+
+def test_two_models_of_one_name_are_reproduced_beside_each_other(lab, capsys):
+    "Each has its record, and the claims at the end are read in its own folder."
+    entry = {"id": "x", "source": "§0", "claim": "", "paper": "", "note": "", "measure": "x",
+             "rule": {"notebook": "01_a", "key": "claims.x", "op": ">", "threshold": .5}}
+    (lab.root/"nbs"/"claims.json").write_text(json.dumps([entry]))
+    lab.notebook("01_a", """from spatialid.results import save_results
+v = 1. if "/b/" in model else 0.
+save_results(model, "01_a", {"claims": {"x": dict(value=v, low=v, high=v, n=9)}}, {"model": model})""")
+    runs = [lab.root/run/"ckpt" for run in ("a", "b")]
+    for folder in runs:
+        folder.mkdir(parents=True)
+        (folder/"config.json").write_text("{}")
+    assert rerun.main(["reproduce", "--models", ",".join(map(str, runs))]) == 0
+    out = capsys.readouterr().out
+    assert f"{runs[0]}: 0 of 1 hold" in out and f"{runs[1]}: 1 of 1 hold" in out
+    assert all(rerun.is_done(rerun.find_notebook("01"), str(folder)) for folder in runs)
 
 
 @pytest.mark.parametrize("module", ["spatialid", "spatialid.rerun"])
