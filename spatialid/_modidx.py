@@ -481,6 +481,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'spatialid.extraction.stored_ids': ('extraction.html#stored_ids', 'spatialid/extraction.py'),
                                       'spatialid.extraction.subsample': ('extraction.html#subsample', 'spatialid/extraction.py'),
                                       'spatialid.extraction.subset_cosines': ('extraction.html#subset_cosines', 'spatialid/extraction.py'),
+                                      'spatialid.extraction.whole_layers': ('extraction.html#whole_layers', 'spatialid/extraction.py'),
                                       'spatialid.extraction.with_interval': ('extraction.html#with_interval', 'spatialid/extraction.py'),
                                       'spatialid.extraction.write_checkpoint': ( 'extraction.html#write_checkpoint',
                                                                                  'spatialid/extraction.py')},
