@@ -368,8 +368,8 @@ def reproduce(
         where = ", ".join(_name(*job) for job in running.values()) or "nothing"
         print(f"\nInterrupted in {where}. Finished: {', '.join(finished) or 'nothing yet'}. The same command continues from here.", file=sys.stderr)
         return 130
-    names = [m for m in models if medium_of(m) != "video"] or models
-    if names: print("\n" + (claims_text(claims(names[0])) if len(names) == 1 else claims_table([*models, "models"])))
+    names = [results_dir(m).name for m in models if medium_of(m) != "video"] or [results_dir(m).name for m in models]
+    if names: print("\n" + (claims_text(claims(names[0])) if len(names) == 1 else claims_table([*(results_dir(m).name for m in models), "models"])))
     for model in short: print(f"\n{Path(model).name} in short: numbers and figures in {results_dir(model)/'quick'}")
     if failed: print(f"\nFailed: {', '.join(failed)}", file=sys.stderr)
     return int(bool(failed))

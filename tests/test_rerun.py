@@ -548,7 +548,8 @@ save_results(model, "01_a", {"claims": {"x": dict(value=v, low=v, high=v, n=9)}}
         (folder/"config.json").write_text("{}")
     assert rerun.main(["reproduce", "--models", ",".join(map(str, runs))]) == 0
     out = capsys.readouterr().out
-    assert f"{runs[0]}: 0 of 1 hold" in out and f"{runs[1]}: 1 of 1 hold" in out
+    first, second = (results.results_dir(str(folder)).name for folder in runs)
+    assert first == "ckpt" and f" {first}: 0 of 1 hold" in out and f" {second}: 1 of 1 hold" in out
     assert all(rerun.is_done(rerun.find_notebook("01"), str(folder)) for folder in runs)
 
 
