@@ -129,7 +129,8 @@ def own_claims(
     model:str, # with results
 ) -> dict: # id -> row of `claims`
     """The claims that were measured on `model` itself, not on one that the claim's rule names."""
-    return {r["id"]: r for r in claims(model) if r["ours"] is not None and r["model"] == model}
+    own = lambda row: row["ours"] is not None and results_dir(row["model"]) == results_dir(model)
+    return {row["id"]: row for row in claims(model) if own(row)}
 
 # %% ../nbs/lib/claims.ipynb #c7401753
 def _number(x):

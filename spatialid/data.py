@@ -22,6 +22,7 @@ import tempfile
 import textwrap
 import warnings
 import zipfile
+from collections import Counter
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import lru_cache
@@ -655,6 +656,33 @@ class Benchmark:
             with redirect_stdout(None): found.createIndex()
             self._coco = found
         return self._coco
+
+    def check(self,
+              kinds:tuple=(), # that must be asked: "left_right", "above_below"
+              boxes:bool=False, # must the objects have boxes?
+              ) -> "Benchmark": # itself
+        """Whether an experiment can run on it, before it does.
+
+        ValueError for a kind that is not asked or boxes of which none can be used, OSError for missing pictures or broken
+        annotations."""
+        asked = Counter(row.kind for row in self.rows)
+        if missing := [kind.replace("_", "/") for kind in kinds if not asked[kind]]:
+            raise ValueError(f"{str(self.folder)!r} asks no question about {' and none about '.join(missing)}: add such rows, "
+                             "or give another benchmark")
+        if gone := [row for row in self.rows if not row.path.is_file()]:
+            raise FileNotFoundError(f"{len(gone)} of {len(self)} rows of {str(self.folder)!r} have no picture, such as "
+                                    f"{gone[0].path.name}: put them there, or take the rows out")
+        if not boxes: return self
+        usable = Counter(row.kind for row in self.rows if self._stands(row))
+        if missing := [kind.replace("_", "/") for kind in kinds or asked if not usable[kind]]:
+            raise ValueError(f"no row of {str(self.folder)!r} about {' and none about '.join(missing)} has two boxes that stand as "
+                             "its caption says: check the annotations")
+        return self
+
+    def _stands(self, row):
+        "Whether the objects of a row have boxes that stand as its caption says."
+        try: return bool(self.boxes(row))
+        except ValueError: return False
 
     def boxes(self, row:Row) -> tuple:
         "See `Row.boxes`. Raises ValueError where no pair of boxes satisfies the relation."

@@ -7,13 +7,14 @@ __all__ = ['ID_FILES', 'CELL_COLOURS', 'centred_ids', 'grid_axes', 'orthonormal'
            'axis_null', 'effective_dimensions', 'smooth_codes', 'around', 'leave_one_out', 'resample', 'with_interval',
            'over_null', 'SpatialIDs', 'null_of', 'null_of_grid', 'choose_layer', 'spread_of', 'on_axes',
            'read_safetensors', 'checked_slot', 'stored_ids', 'SceneIndex', 'index_scenes', 'new_state', 'add_batch',
-           'stamp_of', 'write_checkpoint', 'read_checkpoint', 'exchanged', 'extract', 'finish', 'subsample', 'cosines',
-           'of_different_objects', 'compare_slots', 'choices', 'pair_weights', 'subset_cosines', 'over_subsets',
-           'disjoint_halves', 'spread_layers', 'cell_colour', 'plot_ids']
+           'stamp_of', 'write_checkpoint', 'read_checkpoint', 'exchanged', 'whole_layers', 'extract', 'finish',
+           'subsample', 'cosines', 'of_different_objects', 'compare_slots', 'choices', 'pair_weights', 'subset_cosines',
+           'over_subsets', 'disjoint_halves', 'spread_layers', 'cell_colour', 'plot_ids']
 
 # %% ../nbs/03_extraction.ipynb #7ba219ac
 import hashlib
 import json
+import operator
 import time
 from dataclasses import dataclass, field, replace
 from itertools import combinations
@@ -628,6 +629,16 @@ def exchanged(
     return template.replace("{subject}", "\0").replace("{object}", "{subject}").replace("\0", "{object}")
 
 # %% ../nbs/03_extraction.ipynb #5211b46e
+def whole_layers(
+    layers, # a list, range, array or tensor; None for none
+)->list[int]: # ascending, each once
+    "Layers as plain numbers, which a checkpoint can store. ValueError for one that is no whole number."
+    try:
+        return sorted({operator.index(layer) for layer in (() if layers is None else layers)})
+    except TypeError:
+        raise ValueError(f"layers are whole numbers, not {layers!r}: give a list of them") from None
+
+
 def extract(
     vlm, # a `VLM`
     scenes, # grid scenes pair by pair: `GridScenes`, or a list of its items
@@ -644,12 +655,15 @@ def extract(
     """Spatial IDs of a model (Eq. 2-4): one forward per image.
 
     Interrupted with a checkpoint, the same call goes on and ends bit-identically. ValueError for an unknown protocol or
-    slot, a template without the mark to read, scenes that do not fill the grid, another extraction's checkpoint."""
+    slot, a batch_size below 1, a template without the mark to read, scenes that do not fill the grid, another
+    extraction's checkpoint."""
     text = template if checked_slot(slot) == "first" else exchanged(template)
     if protocol not in ("paper", "released"):
         raise ValueError(f"protocol must be 'paper' or 'released', not {protocol!r}")
-    layers = sorted(layers or range(1, vlm.n_layers + 1))
-    kept = [layers.index(layer) for layer in sorted(set(pair_layers) & set(layers))]
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1 image, not {batch_size}")
+    layers = whole_layers(layers) or list(range(1, vlm.n_layers + 1))
+    kept = [layers.index(layer) for layer in sorted({*whole_layers(pair_layers)} & {*layers})]
     index = index_scenes(scenes)
     settings = dict(template=template, layers=layers, protocol=protocol, batch_size=batch_size,
                     pair_layers=[layers[k] for k in kept], slot=slot)

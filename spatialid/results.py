@@ -59,7 +59,7 @@ def _owner(folder):
     if (folder/_MARK).is_file(): return (folder/_MARK).read_text(encoding="utf-8")
     for path in sorted((*folder.glob("[0-9]*.json"), *folder.glob("quick/[0-9]*.json"))):
         found = json.loads(path.read_text(encoding="utf-8")).get("provenance", {}).get("model")
-        if found: return whole_name(found)
+        if found and "/" in whole_name(found): return whole_name(found)  # else it may be this one by a short name
 
 def _is_anothers(folder, whole):
     "Whether the results in `folder` are those of another model of the same name."

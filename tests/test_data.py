@@ -281,6 +281,21 @@ def test_pictures_may_be_png_and_damaged_ones_are_named(tmp_path):
         with pytest.raises(ValueError, match="cannot be read as a picture"): use(); use()
 
 
+def test_a_benchmark_is_checked_before_it_is_used(tmp_path):
+    "Kinds, pictures and boxes; what is missing is counted or named."
+    one = Benchmark(small_benchmark(tmp_path / "one"))
+    assert one.check() is one and one.check(("left_right",), boxes=True) is one
+    with pytest.raises(ValueError, match="one' asks no question about above/below: add such rows"): one.check(("left_right", "above_below"))
+    with pytest.raises(FileNotFoundError, match="1 of 1 rows of .*none' have no picture, such as 000000000007.jpg"):
+        Benchmark(small_benchmark(tmp_path / "none", image=None)).check()
+    crowd = Benchmark(small_benchmark(tmp_path / "crowd", annotations=changed("annotations", 0, iscrowd=1)))
+    assert crowd.check(("left_right",)) is crowd
+    with pytest.raises(ValueError, match="no row of .*crowd' about left/right has two boxes that stand as its caption says"):
+        crowd.check(boxes=True)
+    (tmp_path / "one" / "instances_val2017.json").unlink()
+    with pytest.raises(OSError, match="holds no instances_val2017.json"): Benchmark(tmp_path / "one").check(boxes=True)
+
+
 def test_a_video_list_may_begin_with_a_mark_and_has_to_be_a_list(tmp_path):
     (tmp_path / "mvbench_scene_queries.json").write_text("\ufeff[]", encoding="utf-8")
     with pytest.raises(FileNotFoundError, match="leaves no question"): MVBench(tmp_path)

@@ -219,6 +219,16 @@ def test_a_picture_that_enters_by_cross_attention(asked):
     assert set(dg.looking_heads(vlm, square, vlm.n_layers)[:8]) == set(heads)
 
 
+def test_crowds_and_boxes_without_an_area_label_no_token(tmp_path):
+    "As for the boxes of a question: a crowd's box encloses many things, one without an area shows none."
+    row = Benchmark(write_benchmark(tmp_path / "b", 4))[0]
+    before, notes = dg.things_in(row), row.source.coco.dataset["annotations"]
+    assert len(before) >= 2
+    mine = [note for note in notes if note["image_id"] == row.image_id]
+    mine[0]["iscrowd"], mine[1]["bbox"] = 1, [9., 9., 0., 5.]
+    assert len(dg.things_in(row)) == len(before) - 2
+
+
 def test_places_are_found_in_tokens_that_show_them(asked):
     labels = dg.token_labels(asked, 64)
     names = sorted(set(labels.ravel()))

@@ -434,6 +434,20 @@ def test_ids_of_ones_own_queries_are_those_of_the_scenes(vlm):
     with pytest.raises(ValueError, match="never shows the object in cell"): extract(vlm, [q for q in own if q.b_cell != (1, 1)])
 
 
+def test_layers_may_be_an_array_and_batches_hold_images(vlm, tmp_path):
+    "An array, a tensor, repeats, any order; numpy's numbers also go into a checkpoint."
+    scenes = subsample(squares(PAIRS[:1], sizes=(224,)), 2)
+    expected = extract(vlm, scenes, layers=[1, 2], progress=False)
+    for k, layers in enumerate((np.arange(1, 3), torch.tensor([2, 1]), (2, 1, 2), range(1, 3))):
+        found = extract(vlm, scenes, layers=layers, pair_layers=np.array([2]), checkpoint=tmp_path / f"{k}", progress=False)
+        assert found.layers == [1, 2] and found.pair_layers == [2] and np.array_equal(found.table, expected.table)
+    for layers in ([1.5], 3, "12"):
+        with pytest.raises(ValueError, match="layers are whole numbers, not"): extract(vlm, scenes, layers=layers)
+    for size in (0, -1):
+        with pytest.raises(ValueError, match=f"batch_size must be at least 1 image, not {size}"):
+            extract(vlm, scenes, batch_size=size, progress=False)
+
+
 def test_the_last_layer_is_read_before_the_final_norm(vlm):
     "The released scripts read after it, which the page says; all layers below are the same state."
     query, last = squares(PAIRS[:1], sizes=(224,))[0].query(TEMPLATE), vlm.n_layers

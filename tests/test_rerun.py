@@ -518,6 +518,23 @@ def test_results_can_be_named_once(tmp_path):
     with pytest.raises(ValueError, match="has the results of an unknown model"): results.own_results_dir(other, "notes")
 
 
+def test_a_benchmark_that_cannot_serve_is_refused_before_the_run(lab, capsys):
+    "A benchmark of left/right alone would stop 04 after most of its work, one without boxes 06 inside a cell."
+    from spatialid.data import write_benchmark
+    folder = write_benchmark(lab.root/"b", 12)
+    rows = json.loads((folder/"coco_qa_two_obj.json").read_text())
+    for name in ("02_mirror_swap", "04_steering", "06_diagnosis"):
+        lab.notebook(name, parameters=f'model = {lab.toy!r}\nbenchmark = None')
+    (folder/"coco_qa_two_obj.json").write_text(json.dumps([r for r in rows if " of " in r[1].removeprefix("A photo of")]))
+    (folder/"instances_val2017.json").rename(folder/"away.json")
+    give = lambda number: ("run", number, "-p", f"benchmark={folder}")
+    assert "04_steering cannot take benchmark=" in (message := fails(capsys, 2, *give("04"))) and "none about" not in message
+    assert "asks no question about above/below" in message
+    (folder/"coco_qa_two_obj.json").write_text(json.dumps(rows))
+    assert "holds no instances_val2017.json" in fails(capsys, 2, *give("06"))
+    assert rerun.main(list(give("02"))) == rerun.main(list(give("04"))) == 0, "which need no boxes"
+
+
 def test_name_is_an_option_of_run(lab, capsys):
     save = 'from spatialid.results import save_results\nsave_results(model, "01_a", {"n": n}, {})'
     lab.notebook("01_a", save)
@@ -541,7 +558,8 @@ save_results(model, "01_a", {"claims": {"x": dict(value=v, low=v, high=v, n=9)}}
         (folder/"config.json").write_text("{}")
     assert rerun.main(["reproduce", "--models", ",".join(map(str, runs))]) == 0
     out = capsys.readouterr().out
-    assert f"{runs[0]}: 0 of 1 hold" in out and f"{runs[1]}: 1 of 1 hold" in out
+    first, second = (results.results_dir(str(folder)).name for folder in runs)
+    assert first == "ckpt" and f" {first}: 0 of 1 hold" in out and f" {second}: 1 of 1 hold" in out
     assert all(rerun.is_done(rerun.find_notebook("01"), str(folder)) for folder in runs)
 
 
