@@ -13,7 +13,7 @@ from spatialid.results import bootstrap, over_seeds, size_of, spanning
 from spatialid.steering import newcombe, wilson
 
 RESULTS = Path(__file__).parents[1]/"results"
-STALE = {"onevision-tiny/08_temporal.json", "qwen25vl-tiny/08_temporal.json"}  # from an older interval: to be run again
+STALE = {"qwen25vl-tiny/08_temporal.json"}  # from an older interval: to be run again
 
 
 def contains(one):
