@@ -948,6 +948,39 @@ def check(self:VLM) -> VLM:
                          f"as those of {self.family.title} do")
     return self
 
+# %% ../nbs/00_hooks.ipynb #a1f0c008
+@patch
+def _mark(self:VLM) -> str: # hexadecimal
+    "A digest of the live weights that reads them once: sums of the bits of each row, and 64 numbers of each tensor."
+    digest = hashlib.sha256(repr(adapters_in(self.model)).encode())
+    for name, value in sorted(self.model.state_dict().items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        if value.device.type == "meta" or not value.numel(): continue # on disk: as its file
+        whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}.get(value.dtype.itemsize, torch.uint8)
+        bits = value.detach().contiguous().view(len(value) if value.ndim > 1 else 1, -1).view(whole)
+        some = bits.view(-1)[::max(1, bits.numel() // 64)][:64]
+        digest.update(torch.cat([bits.sum(1, dtype=whole), some]).cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+@patch
+def _sha256_of_weights(self:VLM) -> str: # hexadecimal
+    "sha256 of all weights in memory, and of which adapters act."
+    digest = hashlib.sha256()
+    for key, value in sorted(self.model.state_dict().items()):
+        digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
+        if value.device.type == "meta": continue
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    if adapters := adapters_in(self.model): digest.update(repr(adapters).encode())
+    return digest.hexdigest()
+
+def _sha256_of_files(files) -> str: # hexadecimal
+    "sha256 of files one after the other."
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as f:
+            while block := f.read(1 << 20): digest.update(block)
+    return digest.hexdigest()
+
 # %% ../nbs/00_hooks.ipynb #7a9fad7e
 @contextmanager
 def _loading(name, what, quiet=False, remedy=""):
@@ -1028,39 +1061,6 @@ def load(cls:VLM,
     vlm._loaded = vlm._mark()
     if adapted: vlm._hash[vlm._loaded] = identity(folder, vlm.revision)
     return vlm.check()
-
-# %% ../nbs/00_hooks.ipynb #a1f0c008
-@patch
-def _mark(self:VLM) -> str: # hexadecimal
-    "A digest of the live weights that reads them once: sums of the bits of each row, and 64 numbers of each tensor."
-    digest = hashlib.sha256(repr(adapters_in(self.model)).encode())
-    for name, value in sorted(self.model.state_dict().items()):
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        if value.device.type == "meta" or not value.numel(): continue # on disk: as its file
-        whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}.get(value.dtype.itemsize, torch.uint8)
-        bits = value.detach().contiguous().view(len(value) if value.ndim > 1 else 1, -1).view(whole)
-        some = bits.view(-1)[::max(1, bits.numel() // 64)][:64]
-        digest.update(torch.cat([bits.sum(1, dtype=whole), some]).cpu().numpy().tobytes())
-    return digest.hexdigest()
-
-@patch
-def _sha256_of_weights(self:VLM) -> str: # hexadecimal
-    "sha256 of all weights in memory, and of which adapters act."
-    digest = hashlib.sha256()
-    for key, value in sorted(self.model.state_dict().items()):
-        digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
-        if value.device.type == "meta": continue
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    if adapters := adapters_in(self.model): digest.update(repr(adapters).encode())
-    return digest.hexdigest()
-
-def _sha256_of_files(files) -> str: # hexadecimal
-    "sha256 of files one after the other."
-    digest = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as f:
-            while block := f.read(1 << 20): digest.update(block)
-    return digest.hexdigest()
 
 # %% ../nbs/00_hooks.ipynb #ead9c8ae
 @patch(as_prop=True)
