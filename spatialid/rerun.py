@@ -397,6 +397,9 @@ def model_page(
         parts += ["An *organism*: a small model trained on generated scenes. Its numbers stand beside those of the paper's large models, never in their place.",
                   f"{made['parameters']:,} parameters, {made['bytes']/1e6:.1f} MB, trained in {made['wall_seconds']/60:.0f} minutes ({made['device']}), seed {made['seed']}. Weights: sha256 `{made['weight_hash'][:16]}…`.",
                   "\n".join(["| question | right | 95 % interval | n |", "|---|---|---|---|", *rows])]
+    if made.get("beyond"):
+        from spatialid.cards import beyond_text  # torch comes with it
+        parts.append(beyond_text(made["beyond"]))
     rows = [r for r in claims(name) if r["model"] == name]
     judged = [r for r in rows if r["ours"] is not None]
     if judged: parts += ["## Claims", claims_markdown(judged)]
