@@ -32,6 +32,8 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, modeling_gguf_pytorch_utils
 from transformers.utils import logging
 
+from .results import bundled
+
 # %% ../nbs/lib/adapters.ipynb #3b38f0d9
 class AdapterError(ValueError):
     "A base or an adapter is not there or not what it should be; the message is one sentence with the remedy."
@@ -160,9 +162,14 @@ def adapter_of(folder) -> dict|None: # its adapter_config.json
 def base_of(
     folder, # of an adapter
 ) -> str|None: # folder or Hub id of the vision-language model it changes; None where `base.json` names a package
-    "What an adapter was trained on. Raises AdapterError where the folder does not say."
+    "What an adapter was trained on. Raises AdapterError where the folder does not say, or names a folder that is gone."
     if (Path(folder) / "base.json").is_file(): return None
-    if named := adapter_of(folder).get("base_model_name_or_path"): return named
+    if named := adapter_of(folder).get("base_model_name_or_path"):
+        if named in bundled(): return str(bundled()[named])
+        if Path(named).is_absolute() and not Path(named).is_dir():
+            raise AdapterError(f"the base {named!r} that {folder}/adapter_config.json names is not there: "
+                               "write where it is now as base_model_name_or_path")
+        return named
     raise AdapterError(f"the adapter in {folder} does not name its base: write the folder or Hub id of the model it was trained on "
                      "as base_model_name_or_path into its adapter_config.json")
 
@@ -200,6 +207,8 @@ def with_adapter(
 ):
     "The base with its adapter: the same `...ForConditionalGeneration`, changed. Raises AdapterError for an adapter that is not made of weights."
     from peft import PeftModel # takes a second, and most models have no adapter
+    if not any(Path(folder).glob("adapter_model.*")):
+        raise AdapterError(f"{folder} has no adapter_model.safetensors: copy the adapter's folder again")
     with quiet_loading():
         adapted = PeftModel.from_pretrained(model, str(folder), torch_device=str(model.device))
         return adapted.merge_and_unload() if merge else unwrapped(adapted)

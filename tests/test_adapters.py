@@ -279,3 +279,17 @@ def test_the_flagship_answers():
     from spatialid.mirror_swap import left_right
     queries = left_right(FreeScenes(60, seed=3), 16)
     assert [q.truth for q in queries] == vlm.run(queries).beliefs
+
+
+def test_a_base_that_is_gone_and_one_that_is_bundled(tmp_path):
+    "An absolute folder is no Hub id; the name of a bundled model is that model."
+    from spatialid.adapters import base_of
+    from spatialid.results import bundled
+    write = lambda base: (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base}))
+    write(str(tmp_path / "gone"))
+    with pytest.raises(ValueError, match="the base '.*gone' that .*adapter_config.json names is not there"):
+        VLM.load(str(tmp_path))
+    write("llava-tiny")
+    assert base_of(tmp_path) == str(bundled()["llava-tiny"])
+    with pytest.raises(ValueError, match="has no adapter_model.safetensors: copy the adapter's folder again"):
+        VLM.load(str(tmp_path))
