@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['ALONE', 'PER_TOKEN', 'SIDE', 'GRIDS', 'PROMPTS', 'FUNCTION', 'NUMBERS', 'PARAGRAPH', 'BOOTSTRAPPED', 'METHOD',
-           'PAIRED', 'LICENCES', 'proportion', 'together', 'preface', 'takes_masks', 'can_share', 'line_up',
-           'packed_mask', 'packed_batch', 'last_logits', 'run_shared', 'pixels', 'digest', 'Journal', 'journal_of',
-           'chunks', 'hits', 'accuracy', 'left_right_of', 'left_right_in', 'reworded', 'wordings', 'crops',
-           'photographs', 'on_photographs', 'in_grid', 'grids', 'content', 'gist', 'replies', 'surprise', 'perplexity',
-           'speech', 'beyond', 'size_of', 'training_of', 'measure', 'card', 'title', 'table', 'percent',
-           'questions_text', 'further_text', 'stage_text', 'origin_text', 'introduction', 'shortfall', 'measured_text',
-           'data_text', 'recipe_text', 'beyond_shares', 'first_noun_text', 'verdict', 'speech_text', 'beyond_text',
-           'card_text', 'main']
+           'PAIRED', 'LICENCES', 'together', 'preface', 'takes_masks', 'can_share', 'line_up', 'packed_mask',
+           'packed_batch', 'last_logits', 'run_shared', 'pixels', 'digest', 'Journal', 'journal_of', 'chunks', 'hits',
+           'accuracy', 'left_right_of', 'left_right_in', 'reworded', 'wordings', 'crops', 'photographs',
+           'on_photographs', 'in_grid', 'grids', 'content', 'gist', 'replies', 'surprise', 'perplexity', 'speech',
+           'beyond', 'size_of', 'training_of', 'measure', 'card', 'title', 'table', 'percent', 'questions_text',
+           'further_text', 'stage_text', 'origin_text', 'introduction', 'shortfall', 'measured_text', 'data_text',
+           'recipe_text', 'beyond_shares', 'first_noun_text', 'verdict', 'speech_text', 'beyond_text', 'card_text',
+           'main']
 
 # %% ../nbs/lib/cards.ipynb #0cd5411f
 import argparse
@@ -30,7 +30,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from scipy.stats import norm
 from scipy.stats import t as student
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
@@ -39,24 +38,8 @@ from .adapters import Base, language_model
 from .data import KINDS, LEFT_RIGHT, OBJECTS, VIDEO_KINDS, FreeScenes, GridScenes, Videos, grid_pairs
 from .hooks import VLM, Query, Run, locate
 from .organisms import CHANGE, HELD_OUT
-from .results import provenance, results_dir, results_root, rng, write_bytes, write_json
+from .results import provenance, results_dir, results_root, rng, wilson, write_bytes, write_json
 from .wordings import HELD_OUT_WORDINGS, object_first, reword
-
-# %% ../nbs/lib/cards.ipynb #9af31e81
-def proportion(
-    hits, # of booleans, one for each independent answer
-) -> dict: # value, low, high, n
-    """Share of hits with Wilson's 95 % interval.
-
-    Wilson (1927), the score interval. Raises ValueError where there is no answer.
-    """
-    n, z = len(hits), float(norm.ppf(.975))
-    if not n: raise ValueError("there is no share of no answers: ask at least one question")
-    p = sum(map(bool, hits)) / n
-    centre = p + z**2 / (2 * n)
-    half = z * math.sqrt(p * (1 - p) / n + (z / (2 * n))**2)
-    low, high = ((centre + side) / (1 + z**2 / n) for side in (-half, half))
-    return dict(value=p, low=min(p, max(0., low)), high=max(p, min(1., high)), n=n)
 
 # %% ../nbs/lib/cards.ipynb #65d6ae7f
 ALONE = ("gemma3",) # families whose image tokens see each other both ways, under masks that the model makes itself
@@ -267,7 +250,7 @@ def accuracy(
     scenes = FreeScenes(n, seed=seed, px=px, flat=flat)
     if frames: scenes = Videos(scenes, frames, **CHANGE)
     right = hits(vlm, (scenes[i].queries() for i in range(n)), journal, n, f"{vlm.name} answers")
-    return {kind: proportion(right[kind]) for kind in (VIDEO_KINDS if frames else KINDS) if kind in right}
+    return {kind: wilson(right[kind]) for kind in (VIDEO_KINDS if frames else KINDS) if kind in right}
 
 # %% ../nbs/lib/cards.ipynb #a6824a42
 def left_right_of(scene) -> Query|None: # None where the scene has no such question
@@ -291,7 +274,7 @@ def wordings(vlm:VLM, n:int, px:int=80, journal:Journal|None=None) -> dict: # te
     "Left/right accuracy under each wording, on the same scenes: n less those without such a question."
     scenes = FreeScenes(n, seed=HELD_OUT, px=px)
     right = hits(vlm, map(reworded, left_right_in(scenes)), journal, n, "wordings")
-    return {wording: proportion(shared) for wording, shared in right.items()}
+    return {wording: wilson(shared) for wording, shared in right.items()}
 
 # %% ../nbs/lib/cards.ipynb #811f7359
 SIDE = 240 # of a crop, pixels of a portrait of 512 × 600
@@ -331,7 +314,7 @@ def on_photographs(
         if where is None: return dict(not_measured=what)
         scenes = FreeScenes(n, seed=HELD_OUT, px=px, background=where)
         right = hits(vlm, ([query] for query in left_right_in(scenes)), journal, n, "photographs")
-        return proportion(right.get("left_right", ())) | dict(what=what)
+        return wilson(right.get("left_right", ())) | dict(what=what)
 
 # %% ../nbs/lib/cards.ipynb #d87b211c
 GRIDS = ((3, 224), (3, 74), (5, 224), (5, 74)) # cells a side; long side of the objects where a cell is 224
@@ -351,7 +334,7 @@ def grids(vlm:VLM, n:int, px:int=80, journal:Journal|None=None) -> dict: # "3 ×
     for m, size in GRIDS:
         name = f"{m} × {m} cells, objects of {round(size / 224 * px / m)} px"
         right = hits(vlm, ([query] for query in in_grid(m, size, n, px)), journal, n, name)
-        shares[name] = proportion(right["left_right"])
+        shares[name] = wilson(right["left_right"])
     return shares
 
 # %% ../nbs/lib/cards.ipynb #4542019a
@@ -451,11 +434,11 @@ def speech(
     "What is left of the language of a language model. The independent unit of the shares is the prompt."
     texts = [vlm.render(prompt, None) for prompt in PROMPTS]
     before, now = (replies(model, vlm.tokenizer, texts) for model in (base, vlm.model))
-    right = lambda said: proportion([answer in content(reply) for answer, reply in zip(PROMPTS.values(), said)])
+    right = lambda said: wilson([answer in content(reply) for answer, reply in zip(PROMPTS.values(), said)])
     rows = [dict(prompt=prompt, before=a, now=b) for prompt, a, b in zip(PROMPTS, before, now)]
     same = [gist(row["prompt"], row["before"]) == gist(row["prompt"], row["now"]) for row in rows]
     nats = [surprise(model, vlm.tokenizer) for model in (base, vlm.model)]
-    return dict(same=proportion(same), right_before=right(before), right_now=right(now),
+    return dict(same=wilson(same), right_before=right(before), right_now=right(now),
                 perplexity=perplexity(*nats), replies=rows)
 
 # %% ../nbs/lib/cards.ipynb #789f4dc1

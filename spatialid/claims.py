@@ -8,10 +8,12 @@ __all__ = ['OPS', 'MARKS', 'notebooks_dir', 'register', 'holds', 'judge', 'repor
 
 # %% ../nbs/lib/claims.ipynb #3ee43c0e
 import json
+import operator
 import os
 import shutil
 import textwrap
 from collections import Counter
+from functools import cache
 from pathlib import Path
 
 from .results import results_dir, told
@@ -30,13 +32,7 @@ def register() -> dict: # id -> entry: id, source, claim, paper, note, measure, 
     return {entry["id"]: entry for entry in entries}
 
 # %% ../nbs/lib/claims.ipynb #b1a099be
-OPS = {
-    ">": lambda a, b: a > b,
-    ">=": lambda a, b: a >= b,
-    "<": lambda a, b: a < b,
-    "<=": lambda a, b: a <= b,
-    "==": lambda a, b: a == b,
-}
+OPS = {">": operator.gt, ">=": operator.ge, "<": operator.lt, "<=": operator.le, "==": operator.eq}
 
 def holds(
     number:dict, # value, low, high, n
@@ -55,9 +51,12 @@ def judge(
     if entry is None or not entry["rule"]:
         what = "no rule" if entry else "no entry"
         raise KeyError(f"{claim_id!r} has {what} in {notebooks_dir()/'claims.json'}: add it there")
+    return _verdict(number, entry["rule"])
+
+def _verdict(number, rule):
     if number.get("low") is None or number.get("high") is None:
         return "not judged"
-    return "holds" if holds(number, entry["rule"]) else "does not hold"
+    return "holds" if holds(number, rule) else "does not hold"
 
 def report(
     claim_id:str, # of claims.json
@@ -71,25 +70,23 @@ def report(
     return f"{told(number)}, n = {number['n']}: {verdict}"
 
 # %% ../nbs/lib/claims.ipynb #ab58e73e
-def _found_at(path, key):
-    "The number under a dotted key of a results file, None if it is not there; and the file's provenance."
-    results = number = json.loads(path.read_text())
+def _at(results, key):
+    "The number under a dotted key of results, None if it is not there."
     for part in key.split("."):
-        number = number.get(part) if isinstance(number, dict) else None
-    return number, results.get("provenance", {})
+        results = results.get(part) if isinstance(results, dict) else None
+    return results
 
-def _measured(rule, model):
+def _measured(rule, model, results_of):
     """The number a rule refers to and its provenance: of `model`, else of the model that the rule names.
 
     None and the reason where neither has a number with an interval."""
     why = {}
     own = [model] if rule.get("named", "").lower() in model.lower() else []
     for name in dict.fromkeys((*own, rule.get("model", model))):
-        folder, file = results_dir(name), f"{rule['notebook']}.json"
-        path = next((p for p in (folder/file, folder/"quick"/file) if p.is_file()), None)
-        if path is None:
+        results = results_of(name, rule["notebook"])
+        if results is None:
             continue
-        number, origin = _found_at(path, rule["key"])
+        number, origin = _at(results, rule["key"]), results.get("provenance", {})
         if origin.get("params", {}).get("quick"):
             why = {**origin, "reason": "only a quick run so far"}
         elif isinstance(number, dict) and all(number.get(k) is not None for k in ("value", "low", "high", "n")):
@@ -107,11 +104,17 @@ def _why_not(number):
     units = f"n = {number['n']}" if number.get("n") is not None else "the sample"
     return f"{told({**number, 'low': None})} has no interval: {units} is too small for one"
 
-def _row(claim, model):
+def _results_of(model, notebook):
+    "What a notebook found for a model, of a quick run where there is no full one; None if it has not run."
+    folder, file = results_dir(model), f"{notebook}.json"
+    path = next((p for p in (folder/file, folder/"quick"/file) if p.is_file()), None)
+    return path and json.loads(path.read_text(encoding="utf-8"))
+
+def _row(claim, model, results_of):
     "A claim with what was found for `model`."
-    number, origin = _measured(claim["rule"], model) if claim["rule"] else (None, {})
+    number, origin = _measured(claim["rule"], model, results_of) if claim["rule"] else (None, {})
     found, named = number or {}, claim["rule"].get("model", model) if number else None
-    status = judge(claim["id"], number) if number else "not judged" if origin.get("reason") else "not yet run"
+    status = _verdict(number, claim["rule"]) if number else "not judged" if origin.get("reason") else "not yet run"
     return {**claim, "ours": found.get("value"), **{key: found.get(key) for key in ("low", "high", "n")},
             "status": status, "reason": origin.get("reason"), "model": origin.get("model", named),
             "organism": origin.get("organism"), "protocol": origin.get("protocol") if number else None}
@@ -123,13 +126,15 @@ def claims(
 
     A rule with `named` is about models with that in their name. Status "holds", "does not hold", "not judged" where a
     run gave no number with an interval (`reason` says why, `model` of which model) or "not yet run"."""
-    return [_row(claim, model) for claim in register().values()]
+    results_of = cache(_results_of)  # many claims read one file
+    return [_row(claim, model, results_of) for claim in register().values()]
 
 def own_claims(
     model:str, # with results
 ) -> dict: # id -> row of `claims`
     """The claims that were measured on `model` itself, not on one that the claim's rule names."""
-    own = lambda row: row["ours"] is not None and results_dir(row["model"]) == results_dir(model)
+    home = cache(results_dir)
+    own = lambda row: row["ours"] is not None and home(row["model"]) == home(model)
     return {row["id"]: row for row in claims(model) if own(row)}
 
 # %% ../nbs/lib/claims.ipynb #c7401753

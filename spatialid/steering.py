@@ -6,7 +6,7 @@
 __all__ = ['RULES', 'TEMPLATES', 'CORNERS', 'BOTH', 'DOSES', 'ARM_COLOURS', 'NEAR_FAR', 'BETWEEN', 'SURROUNDED', 'CHANCES',
            'scaled', 'steering', 'at_place', 'moves', 'pushing', 'gaussian', 'questions', 'opposing', 'dealt',
            'middle_third', 'swept_layers', 'layers_near', 'at_every_layer', 'swapped', 'adversarial', 'readings',
-           'dose_edits', 'plot_swaps', 'ticks', 'listed_layers', 'plot_bars', 'wilson', 'newcombe', 'moves_by_slot',
+           'dose_edits', 'plot_swaps', 'ticks', 'listed_layers', 'plot_bars', 'newcombe', 'moves_by_slot',
            'chosen_dose', 'at_dose', 'whole_words', 'mirror_swaps', 'efficiency', 'plot_dose', 'plot_estimates',
            'occurrences', 'released_scale', 'change', 'odds', 'share_in_middle', 'slope', 'arranged', 'near_far',
            'in_between', 'surrounded', 'AtWord', 'at_word', 'relation_words', 'fig9_numbers', 'pad_figure', 'pad_odds']
@@ -23,7 +23,7 @@ from PIL import ImageOps
 from .data import ABOVE_BELOW, COLOURS, LEFT_RIGHT, Benchmark, FreeScenes, Scene, Thing
 from .extraction import SpatialIDs
 from .hooks import VLM, Eager, Inside, Prompts, Query
-from .results import OKABE_ITO, bootstrap, rng
+from .results import OKABE_ITO, bootstrap, rng, wilson
 from .sweeps import sweep
 
 # %% ../nbs/04_steering.ipynb #e2cfc910
@@ -371,19 +371,6 @@ def plot_bars(
     ax.invert_yaxis()
 
 # %% ../nbs/04_steering.ipynb #644c80c4
-def wilson(
-    shares, # (n,) of 0 to 1, one for each question
-    z:float=1.959964, # of the normal distribution: 95 %
-) -> dict: # value, low, high, n
-    """A proportion with its Wilson score interval. Wilson (1927). ValueError for no questions."""
-    n = len(shares)
-    if not n: raise ValueError("an interval needs at least one question: give more scenes")
-    p = float(np.mean(shares))
-    centre, half = p + z**2 / (2 * n), z * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
-    low, high = ((centre + sign * half) / (1 + z**2 / n) for sign in (-1, 1))
-    # at 0 and 1 the end of the interval is the value itself, which rounding may miss
-    return {"value": p, "low": max(0.0, min(low, p)), "high": min(1.0, max(high, p)), "n": n}
-
 def newcombe(
     a:dict, # value, low, high, n: see `wilson`
     b:dict,

@@ -12,7 +12,8 @@ from scipy.stats import binom, binomtest
 
 from spatialid import cards
 from spatialid.adapters import SMOLLM2, base_file, identity
-from spatialid.cards import Journal, accuracy, card, card_text, gist, hits, proportion, run_shared
+from spatialid.cards import Journal, accuracy, card, card_text, gist, hits, run_shared
+from spatialid.results import wilson
 from spatialid.data import KINDS, LEFT_RIGHT, FreeScenes
 from spatialid.hooks import FAMILIES, VLM, Query, locate
 from spatialid.organisms import HELD_OUT
@@ -29,7 +30,7 @@ SHARE = {"value", "low", "high", "n"}
 @pytest.mark.parametrize("n", [1, 7, 20, 120, 2000])
 def test_a_proportion_has_wilsons_interval(n):
     for k in {0, 1, n // 3, n - 1, n}:
-        one, theirs = proportion([True] * k + [False] * (n - k)), binomtest(k, n).proportion_ci(method="wilson")
+        one, theirs = wilson([True] * k + [False] * (n - k)), binomtest(k, n).proportion_ci(method="wilson")
         assert one["value"] == k / n and one["n"] == n
         assert [one["low"], one["high"]] == pytest.approx([theirs.low, theirs.high], abs=1e-12)
         assert 0 <= one["low"] <= one["value"] <= one["high"] <= 1
@@ -37,7 +38,7 @@ def test_a_proportion_has_wilsons_interval(n):
 
 @pytest.mark.parametrize("n", [20, 120, 2000])
 def test_its_coverage_is_near_95_percent_up_to_the_edge(n):
-    each = [proportion(np.arange(n) < k) for k in range(n + 1)]
+    each = [wilson(np.arange(n) < k) for k in range(n + 1)]
     low, high = (np.array([one[end] for one in each]) for end in ("low", "high"))
     p = np.linspace(.5, .99, 50)[:, None]
     coverage = (binom.pmf(np.arange(n + 1), n, p) * ((low <= p) & (p <= high))).sum(1)
@@ -45,7 +46,7 @@ def test_its_coverage_is_near_95_percent_up_to_the_edge(n):
 
 
 def test_no_answers_have_no_share():
-    with pytest.raises(ValueError, match="ask at least one"): proportion([])
+    with pytest.raises(ValueError, match="ask at least one"): wilson([])
 
 
 # Questions about one picture together --------------------------------------------------------------------------------
@@ -317,7 +318,7 @@ def test_a_model_of_others_has_no_card(copied):
     with pytest.raises(ValueError, match="trained here"): card(str(copied), 2)
 
 
-def share(value, n=120): return proportion(np.arange(n) < round(value * n))
+def share(value, n=120): return wilson(np.arange(n) < round(value * n))
 
 
 def test_what_a_model_cannot_do_is_said_of_those_that_cannot():

@@ -5,12 +5,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from spatialid.cards import perplexity, proportion
+from spatialid.cards import perplexity
 from spatialid.diagnosis import decide, resampled_losses
 from spatialid.extraction import around, leave_one_out, over_null, over_subsets
 from spatialid.finetune import crossed
-from spatialid.results import bootstrap, over_seeds, size_of, spanning
-from spatialid.steering import newcombe, wilson
+from spatialid.results import bootstrap, over_seeds, size_of, spanning, wilson
+from spatialid.steering import newcombe
 
 RESULTS = Path(__file__).parents[1]/"results"
 STALE = {"qwen25vl-tiny/08_temporal.json"}  # from an older interval: to be run again
@@ -46,7 +46,6 @@ def estimates(g):
     yield "subsets", over_subsets(lambda some: g.random(len(some)), list("abcdef"), 3)
     yield "Wilson", wilson(hits)
     yield "difference", newcombe(wilson(hits), wilson(g.random(n) < .9))
-    yield "proportion", proportion(hits)
     yield "seeds and rows", crossed(g.random((3, n)), n=40, seed=n)
     yield "perplexity", perplexity(1 + pairs, 1 + pairs[::-1])["ratio"]
 
