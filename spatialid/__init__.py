@@ -4,12 +4,15 @@ Everything is imported on first use, so that `import spatialid` costs nothing an
 __version__ = "0.1.0"
 
 _HOME = {
-    "VLM": "hooks", "Query": "hooks", "Run": "hooks",
+    "Query": "query",
+    "VLM": "hooks", "Run": "hooks",
     "sweep": "sweeps", "Sweep": "sweeps",
+    "Estimate": "stats",
     "SpatialIDs": "extraction", "extract": "extraction", "stored_ids": "extraction", "subsample": "extraction",
-    "FreeScenes": "data", "GridScenes": "data", "grid_pairs": "data", "Benchmark": "data", "Videos": "data",
-    "GridVideos": "data", "MVBench": "data", "Questions": "data", "placed": "data",
-    "left_right": "mirror_swap", "mirrored": "mirror_swap",
+    "FreeScenes": "scenes", "GridScenes": "scenes", "grid_pairs": "scenes",
+    "Videos": "videos", "GridVideos": "videos",
+    "Benchmark": "benchmarks", "MVBench": "benchmarks", "Questions": "benchmarks", "placed": "benchmarks",
+    "left_right": "questions", "mirrored": "questions",
     "diagnose": "diagnosis",
     "judge": "claims", "report": "claims",
 }

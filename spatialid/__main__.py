@@ -1,6 +1,6 @@
 """`python -m spatialid` is the command `spatialid`."""
 import sys
 
-from .rerun import main
+from .cli import main
 
 sys.exit(main())

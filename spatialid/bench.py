@@ -32,11 +32,14 @@ from PIL import ImageOps
 from tqdm import tqdm
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from .data import GridScenes, grid_pairs
+from .edits import add
 from .extraction import TEMPLATE, extract
-from .hooks import VLM, Query
-from .results import bootstrap, provenance, results_root, rng, write_json
-from .sweeps import add, in_float64, sweep
+from .hooks import VLM
+from .query import Query
+from .scenes import GridScenes, grid_pairs
+from .stats import bootstrap, rng
+from .store import provenance, results_root, write_json
+from .sweeps import in_float64, sweep
 
 # %% ../nbs/12_bench.ipynb #540639d7
 @dataclass(frozen=True)

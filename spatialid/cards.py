@@ -35,10 +35,15 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from .adapters import Base, language_model
-from .data import KINDS, LEFT_RIGHT, OBJECTS, VIDEO_KINDS, FreeScenes, GridScenes, Videos, grid_pairs
-from .hooks import VLM, Query, Run, locate
+from .hooks import VLM, Run
 from .organisms import CHANGE, HELD_OUT
-from .results import provenance, results_dir, results_root, rng, wilson, write_bytes, write_json
+from .query import Query
+from .questions import KINDS, LEFT_RIGHT, VIDEO_KINDS
+from .registry import locate
+from .scenes import OBJECTS, FreeScenes, GridScenes, grid_pairs
+from .stats import rng, wilson
+from .store import provenance, results_dir, results_root, write_bytes, write_json
+from .videos import Videos
 from .wordings import HELD_OUT_WORDINGS, object_first, reword
 
 # %% ../nbs/lib/cards.ipynb #65d6ae7f
@@ -616,7 +621,7 @@ def data_text(recipe:dict) -> str:
     if recipe.get("flat"): drawn += ", height and depth independent"
     if recipe.get("frames"):
         drawn += "; in videos each appears at a frame of its own, three in ten vanish again, three in ten drift"
-    return f"**Data**: free scenes of `spatialid.data` ({drawn})."
+    return f"**Data**: free scenes of `spatialid.scenes` ({drawn})."
 
 
 def recipe_text(c:dict) -> str:

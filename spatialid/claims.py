@@ -16,7 +16,8 @@ from collections import Counter
 from functools import cache
 from pathlib import Path
 
-from .results import results_dir, told
+from .stats import shown
+from .store import results_dir
 
 # %% ../nbs/lib/claims.ipynb #66232ace
 def notebooks_dir() -> Path:
@@ -67,7 +68,7 @@ def report(
     verdict = judge(claim_id, number)
     if verdict == "not judged":
         return f"not judged: {number.get('not_judged', 'too few independent units for an interval')}"
-    return f"{told(number)}, n = {number['n']}: {verdict}"
+    return f"{shown(number)}, n = {number['n']}: {verdict}"
 
 # %% ../nbs/lib/claims.ipynb #ab58e73e
 def _at(results, key):
@@ -102,7 +103,7 @@ def _why_not(number):
     if number.get("not_judged") or number.get("value") is None:
         return number.get("not_judged") or "the run found no number"
     units = f"n = {number['n']}" if number.get("n") is not None else "the sample"
-    return f"{told({**number, 'low': None})} has no interval: {units} is too small for one"
+    return f"{shown({**number, 'low': None})} has no interval: {units} is too small for one"
 
 def _results_of(model, notebook):
     "What a notebook found for a model, of a quick run where there is no full one; None if it has not run."

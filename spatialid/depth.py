@@ -15,11 +15,14 @@ from itertools import islice, permutations
 import numpy as np
 import torch
 
-from .data import ABOVE_BELOW, COLOURS, Benchmark, FreeScenes, Scene, Thing, relation
+from .benchmarks import Benchmark
+from .edits import pushing
 from .extraction import SpatialIDs, grid_design
-from .hooks import VLM, Query
-from .results import rng
-from .steering import pushing
+from .hooks import VLM
+from .query import Query
+from .questions import ABOVE_BELOW
+from .scenes import COLOURS, FreeScenes, Scene, Thing, relation
+from .stats import rng
 from .sweeps import Sweep, sweep
 
 # %% ../nbs/05_depth.ipynb #a6ad9972

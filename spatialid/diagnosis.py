@@ -25,12 +25,16 @@ import torch
 from PIL import ImageFilter
 from scipy.stats import binomtest, mannwhitneyu, rankdata
 
-from .data import Benchmark, GridScenes, Objects, single
+from .benchmarks import Benchmark, single
+from .edits import BOTH, add, at_place, gaussian
 from .extraction import SpatialIDs, extract, orthonormal, stored_ids, subsample
-from .hooks import VLM, Query
-from .results import bootstrap, load_results, rng, spanning, write_json
-from .steering import BOTH, TEMPLATES, at_every_layer, at_place, gaussian, moves, pushing, scaled, swept_layers
-from .sweeps import Resumed, add, attention, sweep
+from .hooks import VLM, scaled
+from .query import Query
+from .questions import QUESTIONS
+from .scenes import GridScenes, Objects
+from .stats import bootstrap, rng, spanning
+from .store import load_results, write_json
+from .sweeps import Resumed, attention, sweep
 
 # %% ../nbs/06_diagnosis.ipynb #b9587690
 @dataclass
@@ -74,7 +78,7 @@ def cases(
         except ValueError:
             dropped += 1
             continue
-        template, answers = TEMPLATES[row.kind]
+        template, answers = QUESTIONS[row.kind].template, QUESTIONS[row.kind].answers
         query = row.query(template + instruction.format(*answers))
         found.append((query, row))
         boxes.append(pair / np.tile(query.image.size, 2))

@@ -29,11 +29,12 @@ from safetensors import SafetensorError, safe_open
 from scipy.stats import t as student
 from tqdm import tqdm
 
-from .results import provenance as make_provenance, results_dir, rng, stored_path, write_bytes
+from .stats import rng
+from .store import provenance as make_provenance, results_dir, stored_path, write_bytes
 
 # %% ../nbs/03_extraction.ipynb #83ab037e
-from .data import LEFT_RIGHT as TEMPLATE
-from .hooks import Query
+from .query import Query
+from .questions import LEFT_RIGHT as TEMPLATE
 
 # %% ../nbs/03_extraction.ipynb #16423e47
 def centred_ids(

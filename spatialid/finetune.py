@@ -28,13 +28,17 @@ from safetensors.torch import load_file, save
 from tqdm import tqdm
 from transformers import Trainer
 
-from .data import Benchmark, GridScenes
+from .benchmarks import Benchmark
+from .edits import at_place
 from .extraction import SpatialIDs
-from .hooks import VLM, Query
+from .hooks import VLM
 from .pictures import as_seen
-from .rerun import end_with_parent
-from .results import over_seeds, results_dir, rng, write_bytes, write_json
-from .steering import TEMPLATES, at_place
+from .processes import end_with_parent
+from .query import Query
+from .questions import BENCHMARK_KINDS, QUESTIONS
+from .scenes import GridScenes
+from .stats import over_seeds, rng
+from .store import results_dir, write_bytes, write_json
 
 # %% ../nbs/07_finetune.ipynb #21d77c10
 def dealt_wrongly(
@@ -145,7 +149,7 @@ def question(
     instruction:str="", # after the question, {} for the answers
 ) -> Query: # truth is None where neither answer is right
     "Where the one object is as seen from the other."
-    template, answers = TEMPLATES[kind]
+    template, answers = QUESTIONS[kind].template, QUESTIONS[kind].answers
     (s, at), (o, to) = ((scene.a, scene.a_cell), (scene.b, scene.b_cell))[::1 if word == "object" else -1]
     d = [p - q for p, q in zip(at, to)][kind == "above_below"]
     return Query(scene.image(), template + instruction.format(*answers), dict(subject=s, object=o), answers, None if d == 0 else answers[d > 0], kind)
@@ -164,15 +168,15 @@ def sampled(
     "What a group asks. ValueError for an unknown sampler."
     if sampler not in SAMPLERS: raise ValueError(f"no sampler '{sampler}': there are {', '.join(SAMPLERS)}")
     draw = lambda g: [pictures.scenes[j] for j in pictures.series[g.integers(len(pictures.series))]]
-    if sampler == "balanced": return [(s, list(TEMPLATES)[i % 2]) for s in draw(rng(seed, sampler, i))]
+    if sampler == "balanced": return [(s, BENCHMARK_KINDS[i % 2]) for s in draw(rng(seed, sampler, i))]
     if sampler == "released":
         g = rng(seed, sampler, i // 2)
-        items = [(s, kind) for s in draw(g) for kind in TEMPLATES if _answerable(s, kind)]
+        items = [(s, kind) for s in draw(g) for kind in BENCHMARK_KINDS if _answerable(s, kind)]
         order = g.permutation(len(items))
         return [items[j] for j in (order[:batch] if i % 2 == 0 or len(items) <= batch else order[batch:])]
     g, items = rng(seed, sampler, i), []
     while len(items) < batch:
-        one, kind = draw(g), list(TEMPLATES)[g.integers(2)]
+        one, kind = draw(g), BENCHMARK_KINDS[g.integers(2)]
         scene = one[g.integers(len(one))]
         if _answerable(scene, kind): items.append((scene, kind))
     return items
@@ -370,7 +374,7 @@ def measure(
     mine = range(accelerator.process_index, len(queries), accelerator.num_processes)
     beliefs = vlm.run([queries[i] for i in mine], batch_size=batch_size).beliefs if len(mine) else []
     right = dict(gather_object([(i, int(b == queries[i].truth)) for i, b in zip(mine, beliefs)]))
-    kinds = {k: [right[i] for i, q in enumerate(queries) if q.kind == k] for k in TEMPLATES}
+    kinds = {k: [right[i] for i, q in enumerate(queries) if q.kind == k] for k in BENCHMARK_KINDS}
     return dict(lm_loss=float(lm), id_loss=float(one), accuracy={k: float(np.mean(v)) for k, v in kinds.items() if v} | {"all": float(np.mean(list(right.values())))},
                 right="".join(str(right[i]) for i in range(len(queries))))
 
@@ -433,7 +437,7 @@ def _run(vlm, pictures, benchmark, ids, out, s, accelerator, progress):
     step, log = _load(out / "checkpoint.safetensors", learns, optimizer, stamp) if out else (0, [])
     if step == s.steps and log: return log
     groups, fixed = Groups(vlm, train, s), Groups(vlm, held, replace(s, sampler="balanced", seed=42))
-    held, queries = [fixed[i] for i in range(s.held)], [row.query(TEMPLATES[row.kind][0] + s.instruction.format(*TEMPLATES[row.kind][1])) for row in benchmark]
+    held, queries = [fixed[i] for i in range(s.held)], [row.query(QUESTIONS[row.kind].wording(s.instruction)) for row in benchmark]
     said, bar = [], tqdm(total=s.steps, initial=step, desc=f"fine-tune {vlm.name}", disable=not (progress and accelerator.is_main_process), mininterval=5)
     while True:
         if (step % s.every == 0 or step == s.steps) and (not log or log[-1]["step"] < step):
@@ -523,7 +527,7 @@ def gathered(
         runs = [one[name] for one in logs]
         table = lambda get: [[get(e) for e in run] for run in runs]
         found[name] = dict(seeds=list(seeds), steps=[e["step"] for e in runs[0]], lm_loss=table(lambda e: e["lm_loss"]), id_loss=table(lambda e: e["id_loss"]),
-                           **{k: table(lambda e: e["accuracy"].get(k)) for k in (*TEMPLATES, "all")}, right=[run[-1]["right"] for run in runs])
+                           **{k: table(lambda e: e["accuracy"].get(k)) for k in (*BENCHMARK_KINDS, "all")}, right=[run[-1]["right"] for run in runs])
     return found
 
 # %% ../nbs/07_finetune.ipynb #fee5be88

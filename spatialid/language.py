@@ -22,8 +22,9 @@ from transformers import PreTrainedTokenizerFast
 from transformers.models.mllama.configuration_mllama import MllamaTextConfig, MllamaVisionConfig
 
 from .adapters import SMOLLM2, Base, language_model, own_blocks, place_language
-from .hooks import BUNDLED, Frames, find_family, without_torchvision
+from .families import Frames, find_family, without_torchvision
 from .organisms import Recipe, Stage
+from .registry import BUNDLED
 
 # %% ../nbs/lib/language.ipynb #c6b32a76
 @dataclass(frozen=True)

@@ -16,11 +16,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 from PIL import Image, ImageOps
 
-from .data import LEFT_RIGHT, Benchmark
+from .benchmarks import Benchmark
 from .extraction import resample
-from .hooks import Query
 from .pictures import as_seen
-from .results import OKABE_ITO, bootstrap, rng
+from .query import Query
+from .questions import LEFT_RIGHT
+from .stats import bootstrap, rng
+from .store import OKABE_ITO
 
 # %% ../nbs/02_mirror_swap.ipynb #533c069a
 def left_right(

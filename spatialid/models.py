@@ -14,12 +14,14 @@ import numpy as np
 from safetensors.torch import load_file
 from scipy.stats import rankdata
 
-from .data import FreeScenes, GridScenes, grid_pairs
 from .extraction import extract, subsample
 from .hooks import VLM
 from .organisms import RECIPES, build, training_log
-from .results import bootstrap, provenance, results_dir, results_root, rng, write_json
-from .steering import adversarial, fig9_numbers, questions
+from .questions import questions
+from .scenes import FreeScenes, GridScenes, grid_pairs
+from .stats import bootstrap, rng
+from .steering import adversarial, fig9_numbers
+from .store import provenance, results_dir, results_root, write_json
 from .sweeps import sweep
 
 # %% ../nbs/13_models.ipynb #0a2ad2d1

@@ -36,9 +36,13 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, PreTrainedTokenizerFast
 
-from .data import COLOURS, KINDS, OBJECTS, PLACES, VIDEO_KINDS, FreeScenes, Video, Videos, moment, place, question_texts
-from .hooks import BUNDLED, FAMILIES, VLM, Frames, locate, without_torchvision
-from .results import provenance, rng, write_bytes, write_json
+from .families import FAMILIES, Frames, without_torchvision
+from .questions import KINDS, VIDEO_KINDS
+from .registry import BUNDLED
+from .scenes import OBJECTS, PLACES, FreeScenes, place, question_texts
+from .stats import rng
+from .store import write_bytes, write_json
+from .videos import Video, Videos, moment
 
 # %% ../nbs/10_organisms.ipynb #cfd999c9
 CELLS = [row.split() for row in ("bax cev diq foj", "guz hyp jik kob", "lur mev nax pof", "qel riv sut wyz")] # words without a meaning for the cells of a 4 × 4 grid, see notebook 09

@@ -20,7 +20,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save
 from tqdm import tqdm
 
-from .results import rng, write_bytes
+from .stats import rng
+from .store import write_bytes
 
 # %% ../nbs/lib/replay.ipynb #ed66c975
 SLOTS = dict(

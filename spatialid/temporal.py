@@ -10,15 +10,17 @@ __all__ = ['OPPOSITE', 'passing', 'backwards', 'sideways', 'order_questions', 't
 from dataclasses import replace
 
 import numpy as np
-import torch
 from PIL import ImageOps
 from scipy.stats import rankdata
 
-from .data import BEFORE_AFTER, FreeScenes, Scene, Video, Videos
+from .edits import at_place
 from .extraction import SpatialIDs, with_interval
-from .hooks import VLM, Query
-from .results import bootstrap, rng
-from .steering import at_place
+from .hooks import VLM
+from .query import Query
+from .questions import BEFORE_AFTER
+from .scenes import FreeScenes, Scene
+from .stats import bootstrap, rng
+from .videos import Video, Videos
 
 # %% ../nbs/08_temporal.ipynb #fa44ff88
 OPPOSITE = {"before": "after", "after": "before"}

@@ -22,11 +22,15 @@ from PIL import Image
 from torch.nn.functional import pad
 from transformers import LlavaForConditionalGeneration
 
-from .data import LEFT_RIGHT, OBJECTS, GridScenes, Objects, grid_pairs
-from .extraction import SpatialIDs, add_batch, extract, finish, index_scenes, new_state, subsample, with_interval
-from .hooks import VLM, Query
+from .extraction import (
+    SpatialIDs, add_batch, extract, finish, index_scenes, new_state, subsample, with_interval)
+from .hooks import VLM
 from .organisms import BUILDERS, WHERE, Recipe, Stage, build, train, training_log
-from .results import provenance, results_dir, rng, write_bytes, write_json
+from .query import Query
+from .questions import LEFT_RIGHT
+from .scenes import OBJECTS, GridScenes, Objects, grid_pairs
+from .stats import rng
+from .store import provenance, results_dir, write_bytes, write_json
 from .sweeps import attention, in_float64
 
 # %% ../nbs/09_theory.ipynb #a96b70ed

@@ -28,14 +28,16 @@ from safetensors.torch import save as to_bytes
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from .data import OBJECTS, FreeScenes, Objects
-from .hooks import find_family
-from .language import (ASSISTANT, END, LANGUAGE_RECIPES, LanguageRecipe, LanguageStage, base_of, build,
-                                lora_config, own_parameters, prepare)
-from .organisms import (EARLY, HELD_OUT, Align, Steps, features, packed_mask, placeholders, positions,
-                                 training_log)
+from .families import find_family
+from spatialid.language import (
+    ASSISTANT, END, LANGUAGE_RECIPES, LanguageRecipe, LanguageStage, base_of, build, lora_config, own_parameters,
+    prepare)
+from .organisms import (
+    EARLY, HELD_OUT, Align, Steps, features, packed_mask, placeholders, positions, training_log)
 from .replay import Replay, divergence, rate_of, replay_of
-from .results import rng, write_bytes, write_json
+from .scenes import OBJECTS, FreeScenes, Objects
+from .stats import rng
+from .store import write_bytes, write_json
 from .wordings import REQUESTS, WORDINGS, caption, reword
 
 # %% ../nbs/lib/trainer.ipynb #0c961d06

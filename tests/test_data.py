@@ -9,10 +9,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import spatialid.data
-from spatialid.data import (COLOURS, KINDS, OBJECTS, PLACES, SCENES, Benchmark, FreeScenes, GridScenes, MVBench, Objects, Questions, Thing, Videos, background, between, grid_pairs,
-                            noise_background, own_colour, paste, place, placed, read_video, relation, stamped, write_benchmark, write_mvbench, write_video)
-from spatialid.results import bootstrap, rng
+import spatialid.benchmarks
+from spatialid.benchmarks import SCENES, Benchmark, MVBench, Questions, write_benchmark, write_mvbench
+from spatialid.benchmarks import placed
+from spatialid.questions import KINDS
+from spatialid.scenes import (
+    COLOURS, OBJECTS, PLACES, FreeScenes, GridScenes, Objects, Thing, background, between, grid_pairs, noise_background, own_colour, paste, place, relation)
+from spatialid.videos import Videos, read_video, stamped, write_video
+from spatialid.stats import bootstrap, rng
 
 pixels = lambda im: np.asarray(im).astype(int)
 
@@ -411,7 +415,7 @@ def test_bad_input_is_named(tmp_path):
 
 @pytest.mark.slow
 def test_the_benchmark_is_written_by_one_command(tmp_path, capsys):
-    from spatialid.rerun import main
+    from spatialid.cli import main
     assert main(["benchmark", str(tmp_path / "b"), "--rows", "12", "--px", "96"]) == 0
     assert len(Benchmark(tmp_path / "b")) == 12 and Benchmark(tmp_path / "b")[0].image().size == (96, 96)
 
@@ -579,7 +583,7 @@ def test_mvbench_from_the_hub(tmp_path, monkeypatch):
     def download(repo, name, repo_type, cache_dir):
         asked.append((repo, name, repo_type, cache_dir))
         return str(folder / name)
-    monkeypatch.setattr(spatialid.data, "hf_hub_download", download)
+    monkeypatch.setattr(spatialid.benchmarks, "hf_hub_download", download)
     b = MVBench.from_hub(cache=hub, n_frames=3, stamps=True)
     assert asked == [("OpenGVLab/MVBench", name, "dataset", hub) for name in ("json/scene_transition.json", "video/scene_qa.zip")]
     assert b[0].subject == "kitchen" and len(b[0].query().image) == 3 and "located at" in b[0].query().text

@@ -11,11 +11,15 @@ from PIL import Image
 from tiny import tiny, tiny_llava
 
 from spatialid import depth as dp
-from spatialid.data import Benchmark, FreeScenes, Scene, Thing, question_texts, relation, write_benchmark
+from spatialid.benchmarks import Benchmark, write_benchmark
+from spatialid.scenes import FreeScenes, Scene, Thing, question_texts, relation
 from spatialid.extraction import SpatialIDs, extract
-from spatialid.hooks import FAMILIES, VLM, Query
-from spatialid.steering import gaussian, moves
-from spatialid.sweeps import add, in_float64, sweep
+from spatialid.families import FAMILIES
+from spatialid.hooks import VLM
+from spatialid.query import Query
+from spatialid.edits import gaussian, moves
+from spatialid.edits import add
+from spatialid.sweeps import in_float64, sweep
 
 ROOT = Path(__file__).parents[1]
 

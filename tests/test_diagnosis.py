@@ -10,10 +10,13 @@ from PIL import Image
 from scipy.stats import mannwhitneyu
 
 from spatialid import diagnosis as dg
-from spatialid.data import Benchmark, FreeScenes, paste, write_benchmark
+from spatialid.benchmarks import Benchmark, write_benchmark
+from spatialid.scenes import FreeScenes, paste
 from spatialid.extraction import SpatialIDs, orthonormal
-from spatialid.hooks import VLM, Query
-from spatialid.steering import gaussian, scaled
+from spatialid.hooks import VLM
+from spatialid.query import Query
+from spatialid.edits import gaussian
+from spatialid.hooks import scaled
 from spatialid.sweeps import sweep
 from tiny import tiny, tiny_llava
 

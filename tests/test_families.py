@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from families import rows
-from spatialid.hooks import FAMILIES
+from spatialid.families import FAMILIES
 
 SHOWN = json.loads((Path(__file__).parents[1] / "results" / "families.json").read_text())
 

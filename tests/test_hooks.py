@@ -15,7 +15,10 @@ from transformers import AutoConfig, LlavaConfig
 
 from spatialid import hooks as library
 from spatialid.pictures import as_seen
-from spatialid.hooks import FAMILIES, HUB, Query, VLM, find_checkpoint, locate
+from spatialid.families import FAMILIES
+from spatialid.hooks import VLM
+from spatialid.query import Query
+from spatialid.registry import HUB, find_checkpoint, locate
 from tiny import CHAT, overflowing, tiny, tiny_llava, tiny_tokenizer
 
 LR = "Is the {subject} to the left or right of the {object}?"

@@ -17,14 +17,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
 from spatialid import adapters, language, organisms, replay, trainer
-from spatialid.adapters import AdapterError, base_file, language_model, place_language
-from spatialid.data import OBJECTS
-from spatialid.hooks import VLM, Query
+from spatialid.adapters import base_file, language_model, place_language
+from spatialid.registry import AdapterError
+from spatialid.scenes import OBJECTS
+from spatialid.hooks import VLM
+from spatialid.query import Query
 from spatialid.language import LANGUAGE_BUILDERS, LANGUAGE_RECIPES, VOCABULARY, LanguageRecipe, LanguageStage, architecture, build, own_parameters, prepare, untrained
 from spatialid.organisms import Align, features, training_log
 from spatialid.replay import Replay, all_prompts, divergence, prompts, rate_of, write_replay
-from spatialid.results import rng
-from spatialid.trainer import HELD_OUT, LanguageSteps, Training, affordable, budget, bundle, losses, rate, train
+from spatialid.stats import rng
+from spatialid.organisms import HELD_OUT
+from spatialid.trainer import LanguageSteps, Training, affordable, budget, bundle, losses, rate, train
 from spatialid.wordings import HELD_OUT_WORDINGS, WORDINGS, template
 
 torch.set_num_threads(1)

@@ -16,10 +16,12 @@ from safetensors.torch import load_file
 
 from spatialid import organisms
 from spatialid.cards import accuracy, card_text
-from spatialid.data import OBJECTS
-from spatialid.hooks import VLM, Query, bundled
+from spatialid.scenes import OBJECTS
+from spatialid.hooks import VLM
+from spatialid.query import Query
+from spatialid.registry import bundled
 from spatialid.organisms import BUILDERS, RECIPES, Recipe, Stage, Steps, build, bundle, early_entry, forward, fresh_blocks, make_tokenizer, packed_mask, train, training_log
-from spatialid.results import rng
+from spatialid.stats import rng
 
 
 TINY = Recipe(vision_width=32, width=32, vision_blocks=1, blocks=2, heads=2, intermediate=48,

@@ -5,8 +5,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from spatialid.data import Objects, background, read_video, write_video
-from spatialid.hooks import VLM, Query
+from spatialid.scenes import Objects, background
+from spatialid.videos import read_video, write_video
+from spatialid.hooks import VLM
+from spatialid.query import Query
 from spatialid.mirror_swap import recolour
 from spatialid.pictures import as_seen, eight_bits
 from tiny import tiny_llava

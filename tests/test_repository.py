@@ -396,9 +396,9 @@ def test_notebook_runs(path, tmp_path, monkeypatch):
     """In a kernel of its own, on the bundled model, from top to bottom.
 
     Results go to a temporary folder that starts as a copy of the committed one."""
-    from spatialid import rerun
+    from spatialid import runner
     monkeypatch.delenv("SPATIALID_NOTEBOOKS", raising=False)
     monkeypatch.chdir(ROOT)
     shutil.copytree(ROOT/"results", tmp_path/"results", ignore=shutil.ignore_patterns(".runs"), dirs_exist_ok=True)
-    names = rerun.parameters_of(path)
-    rerun.run_notebook(path, **({"quick": True} if "quick" in names else FEWER.get(path.stem, {})))
+    names = runner.parameters_of(path)
+    runner.run_notebook(path, **({"quick": True} if "quick" in names else FEWER.get(path.stem, {})))

@@ -9,7 +9,8 @@ from spatialid.cards import perplexity
 from spatialid.diagnosis import decide, resampled_losses
 from spatialid.extraction import around, leave_one_out, over_null, over_subsets
 from spatialid.finetune import crossed
-from spatialid.results import bootstrap, over_seeds, size_of, spanning, wilson
+from spatialid.stats import absolute
+from spatialid.stats import bootstrap, over_seeds, spanning, wilson
 from spatialid.steering import newcombe
 
 RESULTS = Path(__file__).parents[1]/"results"
@@ -39,7 +40,7 @@ def estimates(g):
     yield "largest", bootstrap(x, np.max, n=40, seed=n)
     yield "smallest", bootstrap(-x, lambda v: v.min() ** 2, n=40, seed=n)
     yield "seeds", over_seeds(x)
-    yield "size", size_of(over_seeds(x - x.mean() * 2 * g.random()))
+    yield "size", absolute(over_seeds(x - x.mean() * 2 * g.random()))
     yield "jackknife", around(np.clip(leave_one_out(np.ones(n)) @ x, -1, 1))
     yield "share on axes", around(np.append(g.random(), g.random(n)), floor=0.0)
     yield "over null", over_null(*({**around(g.random(n + 1)), "null_high": g.random()} for _ in range(3)))

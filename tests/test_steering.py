@@ -9,9 +9,12 @@ from PIL import Image
 
 from spatialid import data
 from spatialid import steering as st
-from spatialid.data import Benchmark, FreeScenes, GridScenes, Thing, grid_pairs, write_benchmark
+from spatialid.benchmarks import Benchmark, write_benchmark
+from spatialid.scenes import FreeScenes, GridScenes, Thing, grid_pairs
 from spatialid.extraction import SpatialIDs
-from spatialid.hooks import FAMILIES, VLM, Query
+from spatialid.families import FAMILIES
+from spatialid.hooks import VLM
+from spatialid.query import Query
 from spatialid.sweeps import Sweep, sweep
 from tiny import tiny, tiny_llava
 
@@ -231,7 +234,7 @@ def test_an_edit_of_a_sweep_is_steering_the_model(llava):
 
 def test_controls_have_the_norm_of_what_they_replace(llava):
     ids, rows = grid_ids(llava), torch.randn(3, 2, llava.width, dtype=torch.float64)
-    to, frm = st.dealt(3, 4, 0, 0)
+    to, frm = st.permuted_places(3, 4, 0, 0)
     find = st.moves(ids, to, frm)
     for rule in st.RULES:
         one = st.pushing(find, 2, rule)(rows, 1, slice(0, 3)) - rows
@@ -250,7 +253,7 @@ def test_noise_depends_on_query_layer_and_draw_alone():
 
 
 def test_dealt_cells_differ_and_the_object_goes_the_other_way():
-    to, frm = st.dealt(50, 4, 0, 0)
+    to, frm = st.permuted_places(50, 4, 0, 0)
     assert to.shape == (50, 2, 2) and to.min() >= 0 and to.max() <= 3 and (to[:, 0] != frm[:, 0]).any(1).all()
     assert np.array_equal(to[:, 0], frm[:, 1]) and np.array_equal(to[:, 1], frm[:, 0])
 
@@ -442,7 +445,7 @@ def test_a_dose_is_chosen_by_the_gain_on_the_first_questions_alone():
 
 def test_each_word_is_moved_by_the_ids_of_its_slot(llava):
     first, second = grid_ids(llava, seed=0), grid_ids(llava, seed=1)
-    to, frm = st.dealt(3, 4, 0, 0)
+    to, frm = st.permuted_places(3, 4, 0, 0)
     found = st.moves_by_slot([first, second], to, frm)(2, slice(1, 3))
     for end, places in zip(found, (to, frm)):
         wanted = [st.at_place(torch.as_tensor(ids.at(2)), places[1:3, k]) for k, ids in enumerate((first, second))]
@@ -454,8 +457,8 @@ def test_each_word_is_moved_by_the_ids_of_its_slot(llava):
 
 def test_edits_of_all_doses(llava):
     ids, rows = grid_ids(llava), torch.randn(3, 2, llava.width, dtype=torch.float64)
-    to, frm = st.dealt(3, 4, 0, 0)
-    edits = st.dose_edits(st.moves(ids, to, frm), [st.moves(ids, *st.dealt(3, 4, 0, 1))], [st.gaussian(llava.width, 2, 0, i) for i in range(2)], (0.25, 5.0))
+    to, frm = st.permuted_places(3, 4, 0, 0)
+    edits = st.dose_edits(st.moves(ids, to, frm), [st.moves(ids, *st.permuted_places(3, 4, 0, 1))], [st.gaussian(llava.width, 2, 0, i) for i in range(2)], (0.25, 5.0))
     assert list(edits) == [f"{name} {a}" for a in ("0.25", "5") for name in ("ID", "noise 0", "noise 1", "permuted 0")]
     for name, (group, edit) in edits.items():
         push = edit(rows, 1, slice(0, 3)) - rows

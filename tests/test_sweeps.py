@@ -8,8 +8,10 @@ import torch
 from PIL import Image
 from tiny import overflowing, tiny, tiny_llava
 
-from spatialid.hooks import VLM, Query
-from spatialid.sweeps import Batch, Shift, Sweep, add, first_affected, in_float64, sweep
+from spatialid.hooks import VLM
+from spatialid.query import Query
+from spatialid.edits import add
+from spatialid.sweeps import Batch, Shift, Sweep, first_affected, in_float64, sweep
 
 NAMES = ["cup", "star", "dog", "cat", "hot dog"]
 LEFT_RIGHT = "Is the {subject} to the left or right of the {object}?"

@@ -5,11 +5,14 @@ import torch
 from PIL import Image
 
 from spatialid import theory as th
-from spatialid.data import GridScene, GridScenes, grid_pairs
+from spatialid.scenes import GridScene, GridScenes, grid_pairs
 from spatialid.extraction import extract, subsample
-from spatialid.hooks import FAMILIES, VLM, Query
+from spatialid.families import FAMILIES
+from spatialid.hooks import VLM
+from spatialid.query import Query
 from spatialid.organisms import Recipe, build
-from spatialid.sweeps import add, in_float64, sweep
+from spatialid.edits import add
+from spatialid.sweeps import in_float64, sweep
 from tiny import tiny, tiny_llava
 
 XY = np.stack(np.meshgrid(np.arange(4) - 1.5, np.arange(4) - 1.5), -1)

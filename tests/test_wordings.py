@@ -5,8 +5,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from spatialid.data import FreeScenes, Videos, relation
-from spatialid.hooks import fill
+from spatialid.scenes import FreeScenes, relation
+from spatialid.videos import Videos
+from spatialid.query import fill
 from spatialid.wordings import ANSWERS, HELD_OUT_WORDINGS, WORDINGS, article, caption, listed, object_first, reword, sentence, template
 
 OPPOSITE = dict(left="right", above="below", front="behind", before="after")

@@ -3,7 +3,7 @@ import torch
 import transformers as t
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from spatialid.hooks import Frames, without_torchvision
+from spatialid.families import Frames, without_torchvision
 
 CHAT = ("{% for message in messages %}{{ message['role'] | upper }}: {% for part in message['content'] %}"
         "{% if part['type'] == 'image' %}<image>\n{% elif part['type'] == 'video' %}<video>\n{% else %}{{ part['text'] }}{% endif %}{% endfor %}"

@@ -12,8 +12,10 @@ import torch
 from PIL import Image
 from transformers.utils import logging
 
-from spatialid.hooks import FAMILIES, Query, VLM
-from spatialid.results import results_root, write_json
+from spatialid.families import FAMILIES
+from spatialid.hooks import VLM
+from spatialid.query import Query
+from spatialid.store import results_root, write_json
 from spatialid.sweeps import in_float64, sweep
 
 sys.path.insert(0, str(Path(__file__).parents[1]/"tests"))

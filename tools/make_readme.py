@@ -56,7 +56,8 @@ def render(path=ROOT/"nbs"/"index.ipynb"):
 
 def pages():
     "{path: text} of the pages of the bundled models."
-    from spatialid.rerun import bundled, model_page
+    from spatialid.registry import bundled
+    from spatialid.runner import model_page
     return {ROOT/"nbs"/"models"/f"{name}.md": model_page(name) for name in bundled()}
 
 

@@ -11,7 +11,7 @@ import nbformat
 import psutil
 import pytest
 
-from spatialid import rerun, results
+from spatialid import cli, runner, store
 from spatialid.claims import OPS
 
 ROOT = Path(__file__).parents[1]
@@ -38,7 +38,7 @@ def lab(tmp_path, monkeypatch):
 
         @staticmethod
         def start(*args):
-            return subprocess.Popen([sys.executable, "-c", "import sys; from spatialid.rerun import main; sys.exit(main())", *args],
+            return subprocess.Popen([sys.executable, "-c", "import sys; from spatialid.cli import main; sys.exit(main())", *args],
                                     stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ.copy(), cwd=tmp_path,
                                     preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a background shell would have it ignored
     return Lab
@@ -46,7 +46,7 @@ def lab(tmp_path, monkeypatch):
 
 def fails(capsys, code, *args):
     "Run the command, check its exit code, return its message."
-    assert rerun.main(list(args)) == code
+    assert cli.main(list(args)) == code
     err = capsys.readouterr().err
     assert "Traceback" not in err
     return err
@@ -90,9 +90,9 @@ def test_outside_a_checkout(lab, capsys):
 
 def test_run_injects_parameters_and_drops_eval_false(lab, capsys):
     lab.notebook("01_a", "#| eval: false\nraise SystemExit(3)",
-                 'from spatialid.results import save_results\nsave_results(model, "01_a", {"n": n, "sizes": sizes}, {})',
+                 'from spatialid.store import save_results\nsave_results(model, "01_a", {"n": n, "sizes": sizes}, {})',
                  parameters='model = "x"\nn = 3\nsizes = (1, 2)')
-    assert rerun.main(["run", "01", "--model", "toy", "-p", "n=7", "-p", "sizes=(74, 124)"]) == 0
+    assert cli.main(["run", "01", "--model", "toy", "-p", "n=7", "-p", "sizes=(74, 124)"]) == 0
     assert json.loads((lab.root/"results/toy/01_a.json").read_text()) == {"provenance": {}, "n": 7, "sizes": [74, 124]}
     assert (lab.runs/"01_a.ipynb").is_file()
     assert "01_a 100%" in capsys.readouterr().err
@@ -102,7 +102,7 @@ BEGINNER = """
 import os, time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
-from spatialid.rerun import end_with_parent
+from spatialid.processes import end_with_parent
 if __name__ == "__main__":
     with ProcessPoolExecutor(1, get_context("spawn"), end_with_parent) as pool:
         print(pool.submit(os.getpid).result(), flush=True)
@@ -136,7 +136,7 @@ def test_failing_notebook_gives_cell_and_cause(lab, capsys):
 def test_a_benchmark_is_found_from_where_one_is(lab, capsys):
     lab.notebook("01_a", "from pathlib import Path", "Path(benchmark, 'seen').write_text('here')", parameters='model = "toy"\nbenchmark = None')
     (lab.root/"data").mkdir()
-    assert rerun.main(["run", "1", "-p", "benchmark=data"]) == 0 and (lab.root/"data"/"seen").is_file()
+    assert cli.main(["run", "1", "-p", "benchmark=data"]) == 0 and (lab.root/"data"/"seen").is_file()
 
 
 def test_dead_kernel(lab, capsys):
@@ -169,7 +169,7 @@ MEET = """import pathlib, time
 pathlib.Path('{me}').touch()
 until = time.time() + 100
 while not pathlib.Path('{other}').exists(): time.sleep(.1); assert time.time() < until, 'alone'
-from spatialid.results import save_results
+from spatialid.store import save_results
 save_results(model, '{me}', {{}}, {{}})"""
 
 
@@ -181,12 +181,12 @@ def test_small_models_run_side_by_side(lab, capfd, monkeypatch):
     lab.notebook("01_a", MEET.format(me="01_a", other="03_extraction"), **own)
     lab.notebook("02_b", "# stored_ids(vlm, model)\nassert open('03_extraction.done').read() == 'yes'", **own)
     lab.notebook("03_extraction", MEET.format(me="03_extraction", other="01_a"), "time.sleep(1); open('03_extraction.done', 'w').write('yes')", **own)
-    code = rerun.reproduce(["llava-tiny"])
+    code = runner.reproduce(["llava-tiny"])
     err = capfd.readouterr().err
     assert code == 0 and " cells [" not in err, err
     records = {p.stem: json.loads(p.read_text())["files"] for p in (lab.root/"results"/"llava-tiny"/".runs").glob("*.json")}
     assert {k: list(v) for k, v in records.items()} == {"01_a": ["01_a.json"], "02_b": [], "03_extraction": ["03_extraction.json"]}
-    assert rerun.reproduce(["llava-tiny"]) == 0 and capfd.readouterr().out.count("already done") == 3
+    assert runner.reproduce(["llava-tiny"]) == 0 and capfd.readouterr().out.count("already done") == 3
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
@@ -213,32 +213,32 @@ def test_a_killed_worker_is_one_sentence(lab, capsys):
 
 @pytest.mark.slow
 def test_done_depends_on_code_weights_and_files(lab):
-    lab.notebook("01_a", 'from spatialid.results import save_results\nsave_results(model, "01_a", {"n": n}, {})')
-    path = rerun.find_notebook("1")
-    assert not rerun.is_done(path, lab.toy)
-    assert rerun.reproduce([lab.toy]) == 0 and rerun.is_done(path, lab.toy)
+    lab.notebook("01_a", 'from spatialid.store import save_results\nsave_results(model, "01_a", {"n": n}, {})')
+    path = runner.find_notebook("1")
+    assert not runner.is_done(path, lab.toy)
+    assert runner.reproduce([lab.toy]) == 0 and runner.is_done(path, lab.toy)
     result = lab.root/"results/toy/01_a.json"
     kept = result.read_text()
     result.unlink()
-    assert not rerun.is_done(path, lab.toy)
+    assert not runner.is_done(path, lab.toy)
     result.write_text(kept.replace("3", "9"))
-    assert not rerun.is_done(path, lab.toy), "written by a run with other parameters"
+    assert not runner.is_done(path, lab.toy), "written by a run with other parameters"
     result.write_text(kept)
     (lab.root/"toy"/"config.json").write_text('{"changed": 1}')
-    rerun.weight_digest.cache_clear()
-    assert not rerun.is_done(path, lab.toy)
+    runner.weight_digest.cache_clear()
+    assert not runner.is_done(path, lab.toy)
     (lab.root/"toy"/"config.json").write_text("{}")
-    rerun.weight_digest.cache_clear()
-    assert rerun.is_done(path, lab.toy)
-    lab.notebook("01_a", 'from spatialid.results import save_results\nsave_results(model, "01_a", {"n": n + 1}, {})')
-    assert not rerun.is_done(path, lab.toy)
+    runner.weight_digest.cache_clear()
+    assert runner.is_done(path, lab.toy)
+    lab.notebook("01_a", 'from spatialid.store import save_results\nsave_results(model, "01_a", {"n": n + 1}, {})')
+    assert not runner.is_done(path, lab.toy)
 
 
 @pytest.mark.slow
 def test_failure_does_not_stop_the_others(lab, capsys):
     lab.notebook("01_a", "1/0")
     lab.notebook("02_b", "1")
-    assert rerun.reproduce([lab.toy]) == 1
+    assert runner.reproduce([lab.toy]) == 1
     out, err = capsys.readouterr()
     assert "02_b · toy: done" in out and "Failed: 01_a · toy" in err
 
@@ -255,10 +255,10 @@ def test_results_folder_that_cannot_be_written(lab, capsys, args):
 
 @pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), OSError(28, "No space left on device")])
 def test_read_only_or_full_disk(tmp_path, monkeypatch, error):
-    target = results.write_json(tmp_path/"a.json", {"old": 1})
+    target = store.write_json(tmp_path/"a.json", {"old": 1})
     def refuse(*_): raise error
     monkeypatch.setattr(os, "replace", refuse)
-    with pytest.raises(OSError, match=f"cannot write .*a.json: {error.strerror}. Make the folder writable"): results.write_json(target, {"new": 2})
+    with pytest.raises(OSError, match=f"cannot write .*a.json: {error.strerror}. Make the folder writable"): store.write_json(target, {"new": 2})
     assert json.loads(target.read_text()) == {"old": 1} and [p.name for p in tmp_path.iterdir()] == ["a.json"]
 
 
@@ -267,13 +267,13 @@ def test_claims_json_and_rules(lab, capsys):
     lower = {**entry, "id": "b", "rule": {**entry["rule"], "threshold": .6}}
     absent = {**entry, "id": "c", "rule": {**entry["rule"], "key": "claims.other"}}
     (lab.root/"nbs"/"claims.json").write_text(json.dumps([entry, lower, absent, {**entry, "id": "d", "rule": None}]))
-    results.save_results("toy", "03_x", {"claims": {"k": {"value": .6, "low": .55, "high": .7, "n": 20}}}, {"model": "toy", "organism": True, "protocol": "paper"})
-    assert rerun.main(["claims", "--model", "toy", "--json"]) == 0
+    store.save_results("toy", "03_x", {"claims": {"k": {"value": .6, "low": .55, "high": .7, "n": 20}}}, {"model": "toy", "organism": True, "protocol": "paper"})
+    assert cli.main(["claims", "--model", "toy", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
     assert [r["status"] for r in rows] == ["holds", "does not hold", "not yet run", "not yet run"]
     assert rows[0] == {"id": "a", "source": "§1", "paper": "1", "ours": .6, "low": .55, "high": .7, "n": 20, "model": "toy", "protocol": "paper", "status": "holds"}
     assert rows[3]["ours"] is None and rows[3]["model"] is None
-    assert rerun.main(["claims", "--model", "toy", "--markdown"]) == 0
+    assert cli.main(["claims", "--model", "toy", "--markdown"]) == 0
     assert "| 0.60 [0.55, 0.70], n = 20, toy (organism) | holds |" in capsys.readouterr().out
 
 
@@ -287,84 +287,84 @@ def test_the_papers_claims(monkeypatch):
         assert all(set(h) == {"date", "was", "why"} and all(h.values()) for h in e.get("history", ()))
         if e["rule"]:
             assert set(e["rule"]) - {"model", "named"} == {"notebook", "key", "op", "threshold"} and e["rule"]["op"] in OPS and e["measure"]
-            assert e["rule"]["notebook"] in rerun.notebooks()
-    assert {r["status"] for r in rerun.claims("llava-tiny")} <= {"holds", "does not hold", "not judged", "not yet run"}
+            assert e["rule"]["notebook"] in runner.notebooks()
+    assert {r["status"] for r in runner.claims("llava-tiny")} <= {"holds", "does not hold", "not judged", "not yet run"}
 
 
 @pytest.mark.parametrize("command", ["run", "reproduce", "claims", "models"])
 def test_help_shows_an_example(capsys, command):
-    with pytest.raises(SystemExit) as stop: rerun.main([command, "--help"])
+    with pytest.raises(SystemExit) as stop: cli.main([command, "--help"])
     assert stop.value.code == 0 and f"example: spatialid {command}" in " ".join(capsys.readouterr().out.split())
 
 
 def test_models(capsys):
-    assert rerun.main(["models"]) == 0
+    assert cli.main(["models"]) == 0
     out = capsys.readouterr().out
-    assert "llava-hf/llava-1.5-7b-hf" in out and all(name in out for name in rerun.bundled())
+    assert "llava-hf/llava-1.5-7b-hf" in out and all(name in out for name in runner.bundled())
 
 
 def test_a_claim_about_many_models_is_read_where_they_are_compared(lab, capsys):
     entry = {"id": "all", "source": "§0", "claim": "", "paper": "", "note": "", "measure": "x", "rule": {"notebook": "13_models", "model": "models", "key": "claims.x", "op": ">", "threshold": 0}}
     (lab.root/"nbs"/"claims.json").write_text(json.dumps([entry]))
-    results.write_json(lab.root/"results"/"models"/"13_models.json", {"provenance": {"protocol": "paper"}, "claims": {"x": {"value": 1, "low": .5, "high": 2, "n": 12}}})
-    row, = rerun.claims("toy")
+    store.write_json(lab.root/"results"/"models"/"13_models.json", {"provenance": {"protocol": "paper"}, "claims": {"x": {"value": 1, "low": .5, "high": 2, "n": 12}}})
+    row, = runner.claims("toy")
     assert (row["status"], row["model"], row["n"]) == ("holds", "models", 12)
 
 
 def test_what_a_model_cannot_give_is_read_from_the_model_that_the_rule_names(lab):
     entry = {"id": "x", "source": "§0", "claim": "", "paper": "", "note": "", "measure": "x", "rule": {"notebook": "01_a", "model": "other", "key": "claims.x", "op": ">", "threshold": 0}}
     (lab.root/"nbs"/"claims.json").write_text(json.dumps([entry]))
-    def write(name, number, **params): results.write_json(lab.root/"results"/name/"01_a.json", {"provenance": {"protocol": "paper", "model": name, "params": params}, "claims": {"x": number}})
+    def write(name, number, **params): store.write_json(lab.root/"results"/name/"01_a.json", {"provenance": {"protocol": "paper", "model": name, "params": params}, "claims": {"x": number}})
     number = lambda v: {"value": v, "low": v, "high": v, "n": 2}
     write("toy", {"value": None, "low": None, "high": None, "n": 0, "not_judged": "it has no table"})
-    row, = rerun.claims("toy")
+    row, = runner.claims("toy")
     assert (row["status"], row["reason"]) == ("not judged", "it has no table")
     lab.notebook("01_a", "pass")
-    assert "1 not judged, 0 not yet run" in rerun.claims_text([row]) and "Not judged on this model: x (it has no table)." in rerun.model_page("toy")
+    assert "1 not judged, 0 not yet run" in runner.claims_text([row]) and "Not judged on this model: x (it has no table)." in runner.model_page("toy")
     write("other", number(1))
-    row, = rerun.claims("toy")
+    row, = runner.claims("toy")
     assert (row["status"], row["model"], row["ours"]) == ("holds", "other", 1)
     write("toy", number(-1))
-    row, = rerun.claims("toy")
+    row, = runner.claims("toy")
     assert (row["status"], row["model"]) == ("does not hold", "toy")
     write("toy", number(-1), quick=True)
-    assert rerun.claims("toy")[0]["model"] == "other"
+    assert runner.claims("toy")[0]["model"] == "other"
     write("toy-13b", number(-1))
     entry["rule"]["named"] = "toy-13B"
     (lab.root/"nbs"/"claims.json").write_text(json.dumps([entry]))
     write("toy", number(-1))
-    assert [rerun.claims(m)[0]["model"] for m in ("toy", "x/toy-13b")] == ["other", "toy-13b"]
+    assert [runner.claims(m)[0]["model"] for m in ("toy", "x/toy-13b")] == ["other", "toy-13b"]
 
 
 def test_a_figure_stands_on_the_page_under_its_heading(lab):
     path = lab.root/"nbs"/"01_a.ipynb"
-    lab.notebook("01_a", 'from spatialid.results import save_figure\nsave_figure(fig, model, "one")')
+    lab.notebook("01_a", 'from spatialid.store import save_figure\nsave_figure(fig, model, "one")')
     nb = nbformat.read(path, 4)
     nb.cells[0:0] = [nbformat.v4.new_markdown_cell("# Title\n\n## Where it is\n\nText."), nbformat.v4.new_markdown_cell("No heading.")]
     nbformat.write(nb, path)
-    assert rerun.figures_of(path) == {"one": "Where it is"}
+    assert runner.figures_of(path) == {"one": "Where it is"}
     (lab.root/"results/toy").mkdir(parents=True)
     (lab.root/"results/toy/one.png").write_bytes(b"")
-    assert "![Where it is (one)](../results/toy/one.png)" in rerun.model_page("toy")
+    assert "![Where it is (one)](../results/toy/one.png)" in runner.model_page("toy")
 
 
 @pytest.mark.slow
 def test_a_quick_run_leaves_what_a_full_one_wrote(lab, capsys):
-    save = "from spatialid.results import save_results\nsave_results(model, '01_a', {'claims': {'x': dict(value=1, low=1, high=1, n=1)}}, {'params': {'quick': quick}})"
+    save = "from spatialid.store import save_results\nsave_results(model, '01_a', {'claims': {'x': dict(value=1, low=1, high=1, n=1)}}, {'params': {'quick': quick}})"
     lab.notebook("01_a", save, parameters='model = "toy"\nquick = False')
     entry = {"id": "x", "source": "§0", "claim": "", "paper": "", "note": "", "measure": "x", "rule": {"notebook": "01_a", "key": "claims.x", "op": ">", "threshold": 0}}
     (lab.root/"nbs"/"claims.json").write_text(json.dumps([entry]))
     folder = lab.root/"results"/"toy"
-    assert rerun.main(["run", "01", "--model", lab.toy, "-p", "quick=True"]) == 0 and not (folder/"01_a.json").exists()
+    assert cli.main(["run", "01", "--model", lab.toy, "-p", "quick=True"]) == 0 and not (folder/"01_a.json").exists()
     assert json.loads((folder/"quick"/"01_a.json").read_text())["provenance"]["params"]["quick"] is True
-    assert rerun.claims("toy")[0]["reason"] == "only a quick run so far"
-    assert rerun.main(["run", "01", "--model", lab.toy]) == 0 and rerun.claims("toy")[0]["status"] == "holds"
+    assert runner.claims("toy")[0]["reason"] == "only a quick run so far"
+    assert cli.main(["run", "01", "--model", lab.toy]) == 0 and runner.claims("toy")[0]["status"] == "holds"
     before = (folder/"01_a.json").read_bytes()
-    assert rerun.main(["run", "01", "--model", lab.toy, "-p", "quick=True"]) == 0 and (folder/"01_a.json").read_bytes() == before
+    assert cli.main(["run", "01", "--model", lab.toy, "-p", "quick=True"]) == 0 and (folder/"01_a.json").read_bytes() == before
 
 
 SAVES = """
-from spatialid.results import load_results, save_results
+from spatialid.store import load_results, save_results
 before = load_results(model, "03_extraction")["n"] if n == 2 else None
 save_results(model, name, {"n": n, "before": before}, {"params": {"quick": quick}})
 """
@@ -378,19 +378,19 @@ def test_a_model_in_short(lab, capsys):
     full = lab.root/"results"/"toy"/"03_extraction.json"
     full.parent.mkdir(parents=True)
     full.write_text('{"n": "of a full run"}')
-    assert rerun.main(["reproduce", "--short", "toy"]) == 0
+    assert cli.main(["reproduce", "--short", "toy"]) == 0
     quick = full.parent/"quick"
     assert sorted(p.name for p in quick.glob("*.json")) == ["02_mirror_swap.json", "03_extraction.json", "04_steering.json"]
     assert json.loads((quick/"04_steering.json").read_text()) == {"provenance": {"params": {"quick": True}}, "n": 2, "before": 3}
     assert "of a full run" in full.read_text()
     out = capsys.readouterr().out
     assert "03_extraction · toy (short): done" in out and f"numbers and figures in {quick}" in out
-    assert rerun.main(["reproduce", "--short", "toy"]) == 0
+    assert cli.main(["reproduce", "--short", "toy"]) == 0
     assert capsys.readouterr().out.count("already done") == 3
 
 
 def test_what_reproduce_runs_unless_told():
-    parse = lambda *args: rerun._wanted(rerun._parser().parse_args(["reproduce", *args]))
+    parse = lambda *args: cli._wanted(cli._parser().parse_args(["reproduce", *args]))
     assert parse() == (("llava-tiny", "onevision-tiny"), ("llava-smol",))
     assert parse("--models", "a,b") == (["a", "b"], []) and parse("--short", "c") == ([], ["c"])
     assert next(iter(parse("--models", "all")[0])) == "llava-smol", "the flagship is named first"
@@ -402,9 +402,9 @@ def test_models_take_turns(lab, monkeypatch):
     (lab.root/"other").mkdir()
     (lab.root/"other"/"config.json").write_text("{}")
     asked = []
-    monkeypatch.setattr(rerun, "_run_all", lambda jobs, workers, *rest: asked.append(([(p.stem, Path(m).name) for p, m, _ in jobs], workers)))
+    monkeypatch.setattr(runner, "_run_all", lambda jobs, workers, *rest: asked.append(([(p.stem, Path(m).name) for p, m, _ in jobs], workers)))
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
-    rerun.reproduce(["llava-tiny", lab.toy, "gemma3-tiny", str(lab.root/"other")])
+    runner.reproduce(["llava-tiny", lab.toy, "gemma3-tiny", str(lab.root/"other")])
     turns = lambda *models: [(name, m) for name in ("01_a", "02_b") for m in models]
     assert asked == [(turns("llava-tiny", "gemma3-tiny"), 2), (turns("toy", "other"), 1)]
 
@@ -420,12 +420,12 @@ def test_the_claims_of_several_models_are_one_table(lab, capsys):
     (lab.root/"other"/"config.json").write_text("{}")
     number = lambda low: {"value": low + 1, "low": low, "high": low + 2, "n": 20}
     for name, found in (("toy", {"k": number(-1)}), ("other", {"k": number(1), "l": number(1)})):
-        results.save_results(name, "01_a", {"claims": found}, {"model": name, "organism": True, "protocol": "paper"})
-    assert rerun.main(["reproduce", "--models", f"{lab.toy},{lab.root/'other'}"]) == 0
+        store.save_results(name, "01_a", {"claims": found}, {"model": name, "organism": True, "protocol": "paper"})
+    assert cli.main(["reproduce", "--models", f"{lab.toy},{lab.root/'other'}"]) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["own", "✗", "✓", "·"] in lines and ["named", "·", "✓", "·"] in lines, lines
     assert ["1", "toy:", "0", "of", "1", "hold"] in lines and ["2", "other:", "2", "of", "2", "hold"] in lines
-    assert rerun.main(["reproduce", "--models", lab.toy]) == 0
+    assert cli.main(["reproduce", "--models", lab.toy]) == 0
     assert "1 holds, 1 does not hold, 0 not judged, 0 not yet run (measured on toy: 1, other: 1)" in capsys.readouterr().out
 
 
@@ -435,8 +435,8 @@ def test_several_models_are_compared_at_the_end(lab, capsys):
     lab.notebook("13_models", f"open(r'{lab.root}/compared', 'w').write('yes')", parameters="seed = 0")
     (lab.root/"other").mkdir()
     (lab.root/"other"/"config.json").write_text("{}")
-    assert rerun.main(["reproduce", "--models", lab.toy]) == 0 and not (lab.root/"compared").exists()
-    assert rerun.main(["reproduce", "--models", f"{lab.toy},{lab.root/'other'}"]) == 0 and (lab.root/"compared").exists()
+    assert cli.main(["reproduce", "--models", lab.toy]) == 0 and not (lab.root/"compared").exists()
+    assert cli.main(["reproduce", "--models", f"{lab.toy},{lab.root/'other'}"]) == 0 and (lab.root/"compared").exists()
     assert "13_models: done" in capsys.readouterr().out
 
 
@@ -444,7 +444,7 @@ def test_several_models_are_compared_at_the_end(lab, capsys):
 
 def save_as(model, number):
     "What a notebook saves for a model."
-    return results.save_results(str(model), "01_a", {"x": number}, {}).parent.name
+    return store.save_results(str(model), "01_a", {"x": number}, {}).parent.name
 
 
 def test_models_of_one_name_have_folders_of_their_own(tmp_path):
@@ -455,7 +455,7 @@ def test_models_of_one_name_have_folders_of_their_own(tmp_path):
         (folder/"config.json").write_text("{}")
     first, second = (save_as(folder, k) for k, folder in enumerate(runs))
     assert first == "checkpoint-100" and second.startswith("checkpoint-100-") and len(second) == len(first) + 7
-    assert [results.load_results(str(folder), "01_a")["x"] for folder in runs] == [0, 1]
+    assert [store.load_results(str(folder), "01_a")["x"] for folder in runs] == [0, 1]
     assert save_as(f"{runs[0]}/", 2) == first and save_as(runs[1], 3) == second, "also when saved again"
     assert save_as("some/model", 4) == "model" and save_as("other/model", 5).startswith("model-")
 
@@ -467,7 +467,7 @@ def test_a_folder_named_as_a_bundled_model_is_another_model(tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path.parent)
     names = {save_as(m, 1) for m in (tmp_path/"llava-tiny", f"{tmp_path.name}/llava-tiny", "me/llava-tiny")}
     assert len(names) == 2 and all(name.startswith("llava-tiny-") for name in names)
-    assert save_as(results.bundled()["llava-tiny"], 2) == save_as("llava-tiny", 3) == "llava-tiny"
+    assert save_as(store.bundled()["llava-tiny"], 2) == save_as("llava-tiny", 3) == "llava-tiny"
 
 
 def test_a_folder_without_a_model_is_a_name(tmp_path, monkeypatch):
@@ -481,7 +481,7 @@ def test_a_bundled_name_is_the_bundled_model_wherever_one_is(tmp_path, monkeypat
     "As `VLM.load` reads it, also beside a folder of that name."
     (tmp_path/"llava-tiny").mkdir()
     monkeypatch.chdir(tmp_path)
-    assert results.results_dir("llava-tiny").name == "llava-tiny" != results.results_dir("./llava-tiny/..//llava-tiny").name
+    assert store.results_dir("llava-tiny").name == "llava-tiny" != store.results_dir("./llava-tiny/..//llava-tiny").name
 
 
 def test_a_folder_is_marked_before_anything_is_written(tmp_path, monkeypatch):
@@ -489,38 +489,38 @@ def test_a_folder_is_marked_before_anything_is_written(tmp_path, monkeypatch):
     monkeypatch.setenv("SPATIALID_QUICK", "1")
     runs = [tmp_path/run/"ckpt" for run in ("a", "b")]
     for folder in runs: folder.mkdir(parents=True)
-    first, second = (results.own_results_dir(str(folder)) for folder in runs)
+    first, second = (store.own_results_dir(str(folder)) for folder in runs)
     assert first.name == "ckpt" and second.name.startswith("ckpt-")
-    assert [results.results_dir(folder) for folder in reversed(runs)] == [second, first]
+    assert [store.results_dir(folder) for folder in reversed(runs)] == [second, first]
     assert [(f/"source.txt").read_text() for f in (first, second)] == [str(r.resolve()) for r in runs]
-    for folder in runs: results.save_results(folder, "01_a", {"x": str(folder)}, {})
-    assert [results.load_results(folder, "01_a")["x"] for folder in runs] == list(map(str, runs))
+    for folder in runs: store.save_results(folder, "01_a", {"x": str(folder)}, {})
+    assert [store.load_results(folder, "01_a")["x"] for folder in runs] == list(map(str, runs))
 
 
 def test_results_from_before_there_were_marks_are_told_by_their_provenance(tmp_path):
-    results.write_json(tmp_path/"results"/"model"/"03_x.json", {"provenance": {"model": "some/model"}, "x": 1})
+    store.write_json(tmp_path/"results"/"model"/"03_x.json", {"provenance": {"model": "some/model"}, "x": 1})
     assert save_as("some/model", 2) == "model" and save_as("other/model", 3).startswith("model-")
-    results.write_json(tmp_path/"results"/"mine"/"03_x.json", {"provenance": {"model": "some/model"}, "x": 1})
+    store.write_json(tmp_path/"results"/"mine"/"03_x.json", {"provenance": {"model": "some/model"}, "x": 1})
     assert save_as("mine", 4) == "mine", "a name of one's own is no model"
 
 
 def test_results_can_be_named_once(tmp_path):
     run, other = tmp_path/"runs"/"ckpt", tmp_path/"else"/"ckpt"
     for folder in (run, other): folder.mkdir(parents=True)
-    assert results.own_results_dir(run, "mine").name == save_as(run, 1) == "mine" and results.results_dir(run).name == "mine"
-    assert results.own_results_dir(run, "mine").name == "mine" and results.load_results("mine", "01_a")["x"] == 1
+    assert store.own_results_dir(run, "mine").name == save_as(run, 1) == "mine" and store.results_dir(run).name == "mine"
+    assert store.own_results_dir(run, "mine").name == "mine" and store.load_results("mine", "01_a")["x"] == 1
     for model, name, words in ((other, "mine", "has the results of .*ckpt: give another name"), (run, "yours", "go on without a name"),
                                (other, "llava-tiny", "has the results of llava-tiny"), ("llava-tiny", "mine", "is a name already"),
                                (other, "../x", "cannot name a folder")):
-        with pytest.raises(ValueError, match=words): results.own_results_dir(model, name)
+        with pytest.raises(ValueError, match=words): store.own_results_dir(model, name)
     (tmp_path/"results"/"notes").mkdir()
     (tmp_path/"results"/"notes"/"a.txt").write_text("")
-    with pytest.raises(ValueError, match="has the results of an unknown model"): results.own_results_dir(other, "notes")
+    with pytest.raises(ValueError, match="has the results of an unknown model"): store.own_results_dir(other, "notes")
 
 
 def test_a_benchmark_that_cannot_serve_is_refused_before_the_run(lab, capsys):
     "A benchmark of left/right alone would stop 04 after most of its work, one without boxes 06 inside a cell."
-    from spatialid.data import write_benchmark
+    from spatialid.benchmarks import write_benchmark
     folder = write_benchmark(lab.root/"b", 12)
     rows = json.loads((folder/"coco_qa_two_obj.json").read_text())
     for name in ("02_mirror_swap", "04_steering", "06_diagnosis"):
@@ -532,13 +532,13 @@ def test_a_benchmark_that_cannot_serve_is_refused_before_the_run(lab, capsys):
     assert "asks no question about above/below" in message
     (folder/"coco_qa_two_obj.json").write_text(json.dumps(rows))
     assert "holds no instances_val2017.json" in fails(capsys, 2, *give("06"))
-    assert rerun.main(list(give("02"))) == rerun.main(list(give("04"))) == 0, "which need no boxes"
+    assert cli.main(list(give("02"))) == cli.main(list(give("04"))) == 0, "which need no boxes"
 
 
 def test_name_is_an_option_of_run(lab, capsys):
-    save = 'from spatialid.results import save_results\nsave_results(model, "01_a", {"n": n}, {})'
+    save = 'from spatialid.store import save_results\nsave_results(model, "01_a", {"n": n}, {})'
     lab.notebook("01_a", save)
-    assert rerun.main(["run", "01", "--model", lab.toy, "--name", "mine"]) == 0
+    assert cli.main(["run", "01", "--model", lab.toy, "--name", "mine"]) == 0
     assert json.loads((lab.root/"results"/"mine"/"01_a.json").read_text())["n"] == 3 and not lab.runs.exists()
     assert "--name other: the results of" in fails(capsys, 2, "run", "01", "--model", lab.toy, "--name", "other")
     assert "give --model too" in fails(capsys, 2, "run", "01", "--name", "other")
@@ -549,21 +549,21 @@ def test_two_models_of_one_name_are_reproduced_beside_each_other(lab, capsys):
     entry = {"id": "x", "source": "§0", "claim": "", "paper": "", "note": "", "measure": "x",
              "rule": {"notebook": "01_a", "key": "claims.x", "op": ">", "threshold": .5}}
     (lab.root/"nbs"/"claims.json").write_text(json.dumps([entry]))
-    lab.notebook("01_a", """from spatialid.results import save_results
+    lab.notebook("01_a", """from spatialid.store import save_results
 v = 1. if "/b/" in model else 0.
 save_results(model, "01_a", {"claims": {"x": dict(value=v, low=v, high=v, n=9)}}, {"model": model})""")
     runs = [lab.root/run/"ckpt" for run in ("a", "b")]
     for folder in runs:
         folder.mkdir(parents=True)
         (folder/"config.json").write_text("{}")
-    assert rerun.main(["reproduce", "--models", ",".join(map(str, runs))]) == 0
+    assert cli.main(["reproduce", "--models", ",".join(map(str, runs))]) == 0
     out = capsys.readouterr().out
-    first, second = (results.results_dir(str(folder)).name for folder in runs)
+    first, second = (store.results_dir(str(folder)).name for folder in runs)
     assert first == "ckpt" and f" {first}: 0 of 1 hold" in out and f" {second}: 1 of 1 hold" in out
-    assert all(rerun.is_done(rerun.find_notebook("01"), str(folder)) for folder in runs)
+    assert all(runner.is_done(runner.find_notebook("01"), str(folder)) for folder in runs)
 
 
-@pytest.mark.parametrize("module", ["spatialid", "spatialid.rerun"])
+@pytest.mark.parametrize("module", ["spatialid", "spatialid.cli"])
 def test_the_package_is_the_command(module):
     done = subprocess.run([sys.executable, "-m", module, "run", "99"], capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("spatialid: no notebook '99'")
