@@ -17,7 +17,7 @@ from functools import cache
 from pathlib import Path
 
 from .stats import shown
-from .store import results_dir
+from .store import read_results, results_dir
 
 # %% ../nbs/lib/claims.ipynb #66232ace
 def notebooks_dir() -> Path:
@@ -55,9 +55,23 @@ def judge(
     return _verdict(number, entry["rule"])
 
 def _verdict(number, rule):
-    if number.get("low") is None or number.get("high") is None:
-        return "not judged"
+    "A verdict, where there is an interval to judge by."
+    if _unjudged(number, rule): return "not judged"
     return "holds" if holds(number, rule) else "does not hold"
+
+def _unjudged(number, rule):
+    """Why a number cannot be judged; None where it can.
+
+    An interval of no width says that the sample was too small to differ, and not that the number is certain; a count
+    that is `exact` needs none."""
+    if number.get("not_judged") or number.get("value") is None:
+        return number.get("not_judged") or "the run found no number"
+    units = f"n = {number['n']}" if number.get("n") is not None else "the sample"
+    if any(number.get(key) is None for key in ("low", "high", "n")):
+        return f"{shown({**number, 'low': None})} has no interval: {units} is too small for one"
+    if number["low"] == number["high"] and not rule.get("exact"):
+        return f"{shown(number)}: an interval of no width, {units} is too small for one"
+    return None
 
 def report(
     claim_id:str, # of claims.json
@@ -66,8 +80,7 @@ def report(
     """A claim's number with its interval and verdict, or why there is none. KeyError as `judge`."""
     number = measured[register()[claim_id]["rule"]["key"].removeprefix("claims.")]
     verdict = judge(claim_id, number)
-    if verdict == "not judged":
-        return f"not judged: {number.get('not_judged', 'too few independent units for an interval')}"
+    if verdict == "not judged": return f"not judged: {_unjudged(number, register()[claim_id]['rule'])}"
     return f"{shown(number)}, n = {number['n']}: {verdict}"
 
 # %% ../nbs/lib/claims.ipynb #ab58e73e
@@ -90,26 +103,16 @@ def _measured(rule, model, results_of):
         number, origin = _at(results, rule["key"]), results.get("provenance", {})
         if origin.get("params", {}).get("quick"):
             why = {**origin, "reason": "only a quick run so far"}
-        elif isinstance(number, dict) and all(number.get(k) is not None for k in ("value", "low", "high", "n")):
-            return number, origin
-        else:
-            why = {**origin, "reason": _why_not(number)}
+        elif isinstance(number, dict):  # else the experiment was left out, or ran before there was this claim
+            if not (reason := _unjudged(number, rule)): return number, origin
+            why = {**origin, "reason": reason}
     return None, why
-
-def _why_not(number):
-    "Why what a run found for a claim is not judged: its own reason, or what is missing. None where it found nothing."
-    if not isinstance(number, dict):
-        return None  # the experiment was left out, or ran before there was this claim
-    if number.get("not_judged") or number.get("value") is None:
-        return number.get("not_judged") or "the run found no number"
-    units = f"n = {number['n']}" if number.get("n") is not None else "the sample"
-    return f"{shown({**number, 'low': None})} has no interval: {units} is too small for one"
 
 def _results_of(model, notebook):
     "What a notebook found for a model, of a quick run where there is no full one; None if it has not run."
     folder, file = results_dir(model), f"{notebook}.json"
     path = next((p for p in (folder/file, folder/"quick"/file) if p.is_file()), None)
-    return path and json.loads(path.read_text(encoding="utf-8"))
+    return path and read_results(path)
 
 def _row(claim, model, results_of):
     "A claim with what was found for `model`."

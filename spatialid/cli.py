@@ -6,68 +6,112 @@
 __all__ = ['REPRODUCED', 'JSON_KEYS', 'main', 'models_text']
 
 # %% ../nbs/lib/cli.ipynb #3a9e1c9a
-import argparse, json, os, signal, sys, textwrap
+import argparse, json, os, re, signal, subprocess, sys, textwrap
+from math import prod
 from pathlib import Path
 
 from .claims import claims, claims_markdown, claims_text
-from .registry import FLAGSHIP, bundled
+from .registry import FLAGSHIP, HUB, bundled
 from .runner import (
-    SHORT, RunError, UsageError, check_benchmark, needed_first, takes_no_videos, check_model, experiments,
-    find_notebook, medium_of, notebooks, parameters_of, parse_parameters, reproduce, run_notebook)
-from .store import own_results_dir, results_dir, results_root
+    SHORT, RunError, UsageError, check_benchmark, check_model, declared, experiments, find_notebook, medium_of,
+    notebooks, parameters_of, parse_parameters, reproduce, run_notebook, takes_no_videos)
+from .stats import shown
+from .store import moved, own_results_dir, results_dir, results_root
 
 # %% ../nbs/lib/cli.ipynb #87b42ec0
 REPRODUCED = ("llava-tiny", "onevision-tiny")
 
 def _parser():
-    parser = argparse.ArgumentParser("spatialid", description="Linear spatial and temporal IDs in vision-language models: rerun the notebooks, compare with the paper.",
-                                     epilog="example: spatialid reproduce")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="run | reproduce | claims | models | benchmark")
-    def add(name, help, example): return commands.add_parser(name, help=help, description=help + ".", epilog=f"example: {example}")
-    run = add("run", "Execute one notebook for a model into results/<model>/", "spatialid run 03 --model llava-tiny -p n_pairs=20")
-    run.add_argument("notebook", help="number or name, such as 03 or 03_extraction")
-    run.add_argument("--model", help="bundled name, folder or Hub id (default: the notebook's own)")
-    run.add_argument("--name", help="what to call the results of a folder or Hub id (default: the last part of the model's name)")
-    run.add_argument("-p", dest="params", action="append", default=[], metavar="NAME=VALUE", help="a parameter of the notebook; may be repeated")
-    rep = add("reproduce", "Execute every experiment that is not done yet, then print the claims", "spatialid reproduce --models llava-tiny,llava-tiny-early")
-    rep.add_argument("--models", help=f"names separated by commas, or all for every bundled model (default: {','.join(REPRODUCED)}, and {FLAGSHIP} in short)")
-    rep.add_argument("--short", help=f"models to run in short, {', '.join(s[:2] for s in SHORT)} on a few pictures")
-    cla = add("claims", "Compare the results with the paper's claims", "spatialid claims --model llava-tiny --json")
-    cla.add_argument("--model", default="llava-tiny", help="whose results (default: %(default)s)")
-    form = cla.add_mutually_exclusive_group()
+    "The arguments of every command."
+    parser = argparse.ArgumentParser("spatialid", description="Linear spatial and temporal IDs in vision-language models: "
+                                     "rerun the notebooks, compare with the paper.", epilog="example: spatialid reproduce")
+    commands = parser.add_subparsers(dest="command", required=True,
+                                     metavar="run | reproduce | claims | diff | models | benchmark")
+    def add(name, help, example):
+        "A command with its example."
+        return commands.add_parser(name, help=help, description=help + ".", epilog=f"example: {example}")
+    _add_run(add)
+    _add_reproduce(add)
+    claims = add("claims", "Compare the results with the paper's claims", "spatialid claims --model llava-tiny --json")
+    claims.add_argument("--model", default="llava-tiny", help="whose results (default: %(default)s)")
+    form = claims.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="a list of objects for programs")
     form.add_argument("--markdown", action="store_true", help="a Markdown table")
+    diff = add("diff", "Say which numbers of the results moved beyond their interval since a commit", "spatialid diff")
+    diff.add_argument("before", nargs="?", default="HEAD", help="a commit, or a folder of results (default: %(default)s)")
+    diff.add_argument("--all", action="store_true", help="every number that changed, within its interval too")
     add("models", "List the bundled models, the families and the paper's models", "spatialid models")
-    ben = add("benchmark", "Write a benchmark of generated scenes in the files of COCO-spatial", "spatialid benchmark data/generated --rows 440")
-    ben.add_argument("folder", help="made if needed")
-    for name, value, what in (("rows", 440, "questions"), ("seed", 1, "of the scenes"), ("px", 80, "side of the images")):
-        ben.add_argument(f"--{name}", type=int, default=value, help=f"{what} (default: %(default)s)")
+    _add_benchmark(add)
     return parser
+
+def _add_run(add):
+    "The arguments of `spatialid run`."
+    run = add("run", "Execute one notebook for a model into results/<model>/",
+              "spatialid run 03 --model llava-tiny -p n_pairs=20")
+    run.add_argument("notebook", help="number or name, such as 03 or 03_extraction")
+    run.add_argument("--model", help="bundled name, folder or Hub id (default: the notebook's own)")
+    run.add_argument("--name", help="what to call the results of a folder or Hub id "
+                     "(default: the last part of the model's name)")
+    run.add_argument("-p", dest="params", action="append", default=[], metavar="NAME=VALUE",
+                     help="a parameter of the notebook; may be repeated")
+
+def _add_reproduce(add):
+    "The arguments of `spatialid reproduce`."
+    reproduce = add("reproduce", "Execute every experiment that is not done yet, then print the claims",
+                    "spatialid reproduce --models llava-tiny,llava-tiny-early")
+    reproduce.add_argument("--models", help="names separated by commas, or all for every bundled model "
+                           f"(default: {','.join(REPRODUCED)}, and {FLAGSHIP} in short)")
+    short = ", ".join(stem[:2] for stem in SHORT)
+    reproduce.add_argument("--short", help=f"models to run in short, {short} on a few pictures")
+
+def _add_benchmark(add):
+    "The arguments of `spatialid benchmark`."
+    benchmark = add("benchmark", "Write a benchmark of generated scenes in the files of COCO-spatial",
+                    "spatialid benchmark data/generated --rows 440")
+    benchmark.add_argument("folder", help="made if needed")
+    for name, value, what in (("rows", 440, "questions"), ("seed", 1, "of the scenes"), ("px", 80, "side of the images")):
+        benchmark.add_argument(f"--{name}", type=int, default=value, help=f"{what} (default: %(default)s)")
 
 # %% ../nbs/lib/cli.ipynb #d7a77427
 JSON_KEYS = ("id", "source", "paper", "ours", "low", "high", "n", "model", "protocol", "status")
 
 def _run(args):
+    "`spatialid run`: every mistake is found before the notebook starts."
     path = find_notebook(args.notebook)
-    if args.model and "model" not in parameters_of(path):
-        takers = [p.stem for p in notebooks().values() if "model" in parameters_of(p)]
-        raise UsageError(f"{path.stem} takes no model; those that do are {', '.join(takers)}")
-    params, model = parse_parameters(args.params, path), check_model(args.model) if args.model else parameters_of(path).get("model")
-    if model:
-        if medium_of(parameters_of(path)["model"]) == "video" and takes_no_videos(model):
-            raise UsageError(f"{path.stem} is about videos, and {args.model} takes pictures only; its experiments are {', '.join(p.stem for p in experiments(model))}")
-        if needed_first(path, model) and not (results_dir(model)/"spatial_ids.safetensors").is_file(): raise UsageError(f"{path.stem} needs the spatial IDs of {model}: run `spatialid run 03 --model {model}` first")
+    params = parse_parameters(args.params, path)
+    model = _checked_model(path, args.model)
     if params.get("benchmark"): check_benchmark(path, params["benchmark"])
-    if args.name:
-        if not args.model: raise UsageError("--name is for the results of a model: give --model too")
-        try: own_results_dir(model, args.name)
-        except ValueError as e: raise UsageError(f"--name {args.name}: {e}") from e
+    if args.name: _name_results(args, model)
     print(run_notebook(path, model if args.model else None, **params))
 
+def _checked_model(path, given):
+    "The model a notebook is to run for, None where it takes none. UsageError where it cannot."
+    default = parameters_of(path).get("model")
+    if not default:
+        takers = [p.stem for p in notebooks().values() if "model" in parameters_of(p)]
+        if given: raise UsageError(f"{path.stem} takes no model; those that do are {', '.join(takers)}")
+        return None
+    model = check_model(given) if given else default
+    if medium_of(default) == "video" and takes_no_videos(model):
+        names = ", ".join(p.stem for p in experiments(model))
+        raise UsageError(f"{path.stem} is about videos, and {given} takes pictures only; its experiments are {names}")
+    if "03_extraction" in declared(path).get("needs", ()) and not (results_dir(model)/"spatial_ids.safetensors").is_file():
+        raise UsageError(f"{path.stem} needs the spatial IDs of {model}: run `spatialid run 03 --model {model}` first")
+    return model
+
+def _name_results(args, model):
+    "Give a model's results the name that `--name` asks for."
+    if not args.model: raise UsageError("--name is for the results of a model: give --model too")
+    try: own_results_dir(model, args.name)
+    except ValueError as e: raise UsageError(f"--name {args.name}: {e}") from e
+
 def _claims(args):
+    "`spatialid claims`."
     rows, folder = claims(args.model), results_dir(args.model)
-    if not folder.is_dir(): raise UsageError(f"no results of {args.model!r}: there is no {folder}. Run `spatialid reproduce --models {args.model}` first, or this command inside the checkout that has them")
-    if args.json: print(json.dumps([{k: r[k] for k in JSON_KEYS} for r in rows], indent=1, ensure_ascii=False))
+    if not folder.is_dir():
+        raise UsageError(f"no results of {args.model!r}: there is no {folder}. Run `spatialid reproduce --models "
+                         f"{args.model}` first, or this command inside the checkout that has them")
+    if args.json: print(json.dumps([{key: row[key] for key in JSON_KEYS} for row in rows], indent=1, ensure_ascii=False))
     else: print(claims_markdown(rows) if args.markdown else claims_text(rows))
 
 def _wanted(args):
@@ -76,21 +120,47 @@ def _wanted(args):
     models, short = (names.split(",") if names else [] for names in (args.models, args.short))
     return list(bundled()) if models == ["all"] else models, short
 
+# %% ../nbs/lib/cli.ipynb #68248863
+def _before(which):
+    "{file of results: its numbers} of a folder, or of a commit of the repository that holds the results."
+    root = results_root()
+    if Path(which).is_dir():
+        paths = sorted(Path(which).glob("*/[0-9]*.json"))
+        return {f"results/{path.parent.name}/{path.name}": json.loads(path.read_text(encoding="utf-8")) for path in paths}
+    def git(*args): return subprocess.run(["git", "-C", str(root), *args], capture_output=True, text=True, encoding="utf-8")
+    listed = git("ls-tree", "-r", "--name-only", which, "results")
+    if listed.returncode: raise UsageError(f"{which!r} is no commit and no folder of results: {listed.stderr.strip()}")
+    names = [name for name in listed.stdout.split() if re.fullmatch(r"results/[^/]+/\d\d_\w+\.json", name)]
+    return {name: json.loads(git("show", f"{which}:./{name}").stdout) for name in names}
+
+def _diff(args):
+    "`spatialid diff`: 0 where nothing moved, else 1."
+    before, count = _before(args.before), 0
+    for name, numbers in before.items():
+        path = results_root()/name
+        if not path.is_file():
+            print(f"{name}: gone")
+            continue
+        after = json.loads(path.read_text(encoding="utf-8"))
+        rows = moved(*({k: v for k, v in d.items() if k != "provenance"} for d in (numbers, after)), within=args.all)
+        count += sum(row["beyond"] for row in rows)
+        for row in rows:
+            interval = "" if row["low"] is None else f" [{row['low']:g}, {row['high']:g}]"
+            print(f"{name} {row['key']}: {row['before']}{interval} -> {row['after']}" + (" *" if row["beyond"] and args.all else ""))
+    print(f"{count} numbers moved beyond their interval in {len(before)} files")
+    return int(count > 0)
+
+# %% ../nbs/lib/cli.ipynb #c0df6bdf
 def main(
     argv:list|None=None, # arguments; those of the process by default
 ) -> int:
-    """The command `spatialid`. Returns 0, 1 for a failure, 2 for a wrong argument, 130 if interrupted; one sentence for each."""
+    """The command `spatialid`.
+
+    Returns 0, 1 for a failure, 2 for a wrong argument, 130 if interrupted; one sentence for each."""
     args = _parser().parse_args(argv)
-    if argv is None: signal.signal(signal.SIGTERM, signal.default_int_handler)  # what ends a job of a batch system ends it as Ctrl-C does
-    try:
-        if args.command == "run": _run(args)
-        elif args.command == "reproduce": return reproduce(*_wanted(args))
-        elif args.command == "claims": _claims(args)
-        elif args.command == "benchmark":
-            from spatialid.benchmarks import write_benchmark # torch comes with it
-            print(write_benchmark(args.folder, args.rows, args.seed, args.px))
-        else: print(models_text())
-        return 0
+    # what ends a job of a batch system ends it as Ctrl-C does
+    if argv is None: signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try: return _command(args) or 0
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -100,10 +170,20 @@ def main(
     print(f"spatialid: {text}", file=sys.stderr)
     return code
 
+def _command(args):
+    "Do what was asked; the exit code, or None for 0."
+    if args.command == "run": _run(args)
+    elif args.command == "reproduce": return reproduce(*_wanted(args))
+    elif args.command == "claims": _claims(args)
+    elif args.command == "diff": return _diff(args)
+    elif args.command == "benchmark":
+        from spatialid.benchmarks import write_benchmark  # the libraries of pictures and videos come with it
+        print(write_benchmark(args.folder, args.rows, args.seed, args.px))
+    else: print(models_text())
+
 # %% ../nbs/lib/cli.ipynb #45a324da
 def _parameters(folder):
     "Number of parameters stored in a folder's safetensors files."
-    from math import prod
     from safetensors import safe_open
     total = 0
     for file in sorted(folder.glob("*.safetensors")):
@@ -119,34 +199,49 @@ def _card(name):
     "A model's accuracies from its card, or an empty string."
     path = results_dir(name)/"card.json"
     accuracy = json.loads(path.read_text()).get("accuracy", {}) if path.is_file() else {}
-    return ", ".join(f"{k} {v['value']:.3f} [{v['low']:.3f}, {v['high']:.3f}]" for k, v in accuracy.items())
+    return ", ".join(f"{kind} {shown(estimate, 3)}" for kind, estimate in accuracy.items())
 
-def _families():
+def _bundled_lines(name, folder):
+    "What there is to say of a bundled model."
+    config = json.loads((folder/"config.json").read_text())
+    text = config.get("text_config", config)
+    try: size = f"{_parameters(folder)/1e6:.2f} M parameters{_on_top_of(folder)}"
+    except Exception as e: size = f"weights cannot be read ({e})"
+    shape = f"{text.get('num_hidden_layers')} blocks, width {text.get('hidden_size')}"
+    lines = [f"  {name:<18} {config.get('model_type', '?')}, {size}, {shape}"]
+    indent = " " * 21
+    card = "accuracy: " + _card(name) if _card(name) else ""
+    return lines + textwrap.wrap(card, 110, initial_indent=indent, subsequent_indent=indent)
+
+def _family_lines(families):
     "What `results/families.json` says of each family, and the versions it was made with."
     path = results_root()/"results"/"families.json"
     made = json.loads(path.read_text()) if path.is_file() else {"rows": [], "versions": {}}
-    said = {}
-    for row in made["rows"]: said.setdefault(row["family"], {}).setdefault(row["medium"], []).append(row["ok"])
-    return {f: ", ".join(f"{medium} {sum(ok)} of {len(ok)}" for medium, ok in media.items()) for f, media in said.items()}, made["versions"]
+    checks = {}
+    for row in made["rows"]: checks.setdefault(row["family"], {}).setdefault(row["medium"], []).append(row["ok"])
+    versions = ", ".join(map(" ".join, made["versions"].items())) or "tools/families.py has not run here"
+    lines = [f"Families, with the checks that hold on small random models ({versions}):"]
+    for kind, family in families.items():
+        media = ", ".join(f"{medium} {sum(ok)} of {len(ok)}" for medium, ok in checks.get(kind, {}).items())
+        plain = "" if family.fast else "; sweeps take whole forward passes"
+        lines.append(f"  {family.title:<18} {media or 'not checked'}{plain}")
+    return lines
+
+def _hub_lines(families):
+    "The models of the paper."
+    lines = ["Of the paper, on the Hugging Face Hub:"]
+    for entry in HUB:
+        shape = f"{families[entry.family].title}, {entry.blocks} blocks, width {entry.width}, {entry.dtype}"
+        lines.append(f"  {entry.alias:<18} {entry.id:<42} {shape}" + (" *" if entry.note else ""))
+    notes = "; ".join(f"{entry.id}: {entry.note}" for entry in HUB if entry.note)
+    return lines + textwrap.wrap("* " + notes, 140, initial_indent="  ", subsequent_indent="    ")
 
 def models_text() -> str:
-    """The bundled models with their size and accuracies, the families and what was checked of them, and the paper's models on the Hub."""
-    from spatialid.families import FAMILIES
-    from spatialid.registry import HUB # torch comes with it
+    """The bundled models with their size and accuracies, the families with what was checked, the paper's models."""
+    from spatialid.families import FAMILIES  # torch comes with it
     lines = ["Bundled (model organisms, trained by notebook 10):"]
-    for name, folder in bundled().items():
-        config = json.loads((folder/"config.json").read_text())
-        text = config.get("text_config", config)
-        try: size = f"{_parameters(folder)/1e6:.2f} M parameters{_on_top_of(folder)}"
-        except Exception as e: size = f"weights cannot be read ({e})"
-        lines.append(f"  {name:<18} {config.get('model_type', '?')}, {size}, {text.get('num_hidden_layers')} blocks, width {text.get('hidden_size')}")
-        if _card(name): lines += textwrap.wrap("accuracy: " + _card(name), 110, initial_indent=" "*21, subsequent_indent=" "*21)
-    checked, versions = _families()
-    lines += ["", "Families, with the checks that hold on small random models (" + (", ".join(map(" ".join, versions.items())) or "tools/families.py has not run here") + "):"]
-    lines += [f"  {f.title:<18} {checked.get(kind, 'not checked')}" + ("" if f.fast else "; sweeps take whole forward passes") for kind, f in FAMILIES.items()]
-    lines += ["", "Of the paper, on the Hugging Face Hub:"]
-    lines += [f"  {k.alias:<18} {k.id:<42} {FAMILIES[k.family].title}, {k.blocks} blocks, width {k.width}, {k.dtype}" + (" *" if k.note else "") for k in HUB]
-    lines += textwrap.wrap("* " + "; ".join(f"{k.id}: {k.note}" for k in HUB if k.note), 140, initial_indent="  ", subsequent_indent="    ")
-    return "\n".join(lines + ["", "Also: any folder with a config.json, or any other Hub id of a supported family."])
+    for name, folder in bundled().items(): lines += _bundled_lines(name, folder)
+    lines += ["", *_family_lines(FAMILIES), "", *_hub_lines(FAMILIES)]
+    return "\n".join([*lines, "", "Also: any folder with a config.json, or any other Hub id of a supported family."])
 
 if __name__ == "__main__" and "__file__" in globals(): sys.exit(main())

@@ -21,7 +21,7 @@ from .questions import questions
 from .scenes import FreeScenes, GridScenes, grid_pairs
 from .stats import bootstrap, rng
 from .steering import adversarial, fig9_numbers
-from .store import provenance, results_dir, results_root, write_json
+from .store import provenance, read_results, results_dir, results_root, write_json
 from .sweeps import sweep
 
 # %% ../nbs/13_models.ipynb #0a2ad2d1
@@ -88,7 +88,7 @@ def trace(
 # %% ../nbs/13_models.ipynb #38f4b4e2
 def measured() -> dict: # {model: its 04_steering.json}, in the order of names
     "The models with a complete run of notebook 04. FileNotFoundError with the command where there is none."
-    found = {p.parent.name: json.loads(p.read_text()) for p in sorted((results_root() / "results").glob("*/04_steering.json"))}
+    found = {p.parent.name: read_results(p) for p in sorted((results_root() / "results").glob("*/04_steering.json"))}
     found = {name: one for name, one in found.items() if not one["provenance"]["params"].get("quick")}
     if not found: raise FileNotFoundError("no model has results of notebook 04: run `spatialid reproduce` first")
     return found

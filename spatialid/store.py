@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['OKABE_ITO', 'results_root', 'results_dir', 'quick_path', 'stored_path', 'write_bytes', 'own_results_dir',
-           'write_json', 'provenance', 'save_results', 'load_results', 'style', 'save_figure']
+           'write_json', 'provenance', 'rounded', 'save_results', 'read_results', 'load_results', 'moved', 'style',
+           'save_figure']
 
 # %% ../nbs/lib/store.ipynb #e9821c79
 import hashlib, json, math, os, re, subprocess, time
+from collections.abc import Mapping
 from datetime import datetime, timezone
 from importlib import metadata
 from io import BytesIO
@@ -17,7 +19,10 @@ from .registry import bundled, whole_name
 
 # %% ../nbs/lib/store.ipynb #54acd8fa
 def results_root() -> Path:
-    """The folder that holds `results/`: `$SPATIALID_RESULTS`, else the nearest parent of the working directory with a `settings.ini`, else the working directory."""
+    """The folder that holds `results/`.
+
+    `$SPATIALID_RESULTS`, else the nearest parent of the working directory with a `settings.ini`, else the working
+    directory."""
     if os.environ.get("SPATIALID_RESULTS"): return Path(os.environ["SPATIALID_RESULTS"])
     cwd = Path.cwd()
     return next((p for p in (cwd, *cwd.parents) if (p/"settings.ini").is_file()), cwd)
@@ -45,9 +50,9 @@ _MARK = "source.txt"  # in a results folder: whose it is
 def _owner(folder):
     "The model whose results are in a folder, by its mark or else by the provenance of its numbers; None if unknown."
     if (folder/_MARK).is_file(): return (folder/_MARK).read_text(encoding="utf-8")
-    for path in sorted((*folder.glob("[0-9]*.json"), *folder.glob("quick/[0-9]*.json"))):
-        found = json.loads(path.read_text(encoding="utf-8")).get("provenance", {}).get("model")
-        if found and "/" in whole_name(found): return whole_name(found)  # else it may be this one by a short name
+    for path in sorted((*folder.glob("provenance/[0-9]*.json"), *folder.glob("provenance/quick/[0-9]*.json"))):
+        model = json.loads(path.read_text(encoding="utf-8")).get("model")
+        if model and "/" in whole_name(model): return whole_name(model)  # else it may be this one by a short name
 
 def _is_anothers(folder, whole):
     "Whether the results in `folder` are those of another model of the same name."
@@ -81,8 +86,10 @@ def write_bytes(
     path:str|Path, # destination; its folder is made if needed
     data, # bytes, or anything with the buffer interface
 ) -> Path:
-    """Write `data` to `path` in one step: a reader sees the old file or the new one. What `spatialid run … -p quick=True` writes goes to a folder `quick` beside
-    the results of a full run. OSError with the remedy if the folder or the disk refuses."""
+    """Write `data` to `path` in one step: a reader sees the old file or the new one.
+
+    What `spatialid run … -p quick=True` writes goes to a folder `quick` beside the results of a full run. OSError with
+    the remedy if the folder or the disk refuses."""
     path = quick_path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -129,19 +136,29 @@ def _named(folder, whole, name):
 # %% ../nbs/lib/store.ipynb #8972e678
 def _plain(o):
     "`o` in the types JSON knows: arrays to lists, numpy scalars to numbers, NaN and infinity to null."
-    if isinstance(o, dict): return {str(k): _plain(v) for k, v in o.items()}
+    if isinstance(o, Mapping): return {str(k): _plain(v) for k, v in o.items()}
     if hasattr(o, "tolist"): return _plain(o.tolist())
     if isinstance(o, (list, tuple, set)): return [_plain(v) for v in o]
     if isinstance(o, float) and not math.isfinite(o): return None
     if isinstance(o, (str, int, float, bool, type(None))): return o
     return str(o)
 
+def _laid_out(o, indent=""):
+    "JSON text with a line for each entry and for each array of numbers."
+    deeper = indent + " "
+    if isinstance(o, dict) and o:
+        entries = [f"{deeper}{json.dumps(key, ensure_ascii=False)}: {_laid_out(value, deeper)}" for key, value in o.items()]
+        return "{\n" + ",\n".join(entries) + f"\n{indent}}}"
+    if isinstance(o, list) and any(isinstance(item, (dict, list)) for item in o):
+        return "[\n" + ",\n".join(deeper + _laid_out(item, deeper) for item in o) + f"\n{indent}]"
+    return json.dumps(o, ensure_ascii=False)
+
 def write_json(
     path:str|Path, # destination
     obj, # dicts, lists, numbers, strings, arrays, tensors, paths
 ) -> Path:
-    """Write `obj` as indented JSON in one step. Not-a-number becomes null."""
-    return write_bytes(path, (json.dumps(_plain(obj), indent=1, ensure_ascii=False) + "\n").encode())
+    """Write `obj` as indented JSON in one step, an array of numbers in a line. Not-a-number becomes null."""
+    return write_bytes(path, (_laid_out(_plain(obj)) + "\n").encode())
 
 # %% ../nbs/lib/store.ipynb #4c4c0043
 _started = time.time()
@@ -150,13 +167,17 @@ def _versions():
     "Versions of what a number can depend on; null for what is not installed."
     import platform
     def version(name):
+        "The version of a package, or None."
         try: return metadata.version(name)
         except metadata.PackageNotFoundError: return None
-    return {"python": platform.python_version(), **{p: version(p) for p in ("torch", "transformers", "numpy", "spatialid")}}
+    packages = ("torch", "transformers", "numpy", "spatialid")
+    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
 
 def _commit():
     "The commit of the working tree, with `+dirty` if anything but results differs from it; None outside a repository."
-    def git(*args): return subprocess.run(["git", "-C", str(results_root()), *args], capture_output=True, text=True)
+    def git(*args):
+        "A git command in the folder of the results."
+        return subprocess.run(["git", "-C", str(results_root()), *args], capture_output=True, text=True)
     try: head = git("rev-parse", "--short=12", "HEAD")
     except OSError: return None
     if head.returncode: return None
@@ -170,22 +191,54 @@ def provenance(
     seed:int|None=None,
     **params, # the other parameters of the notebook
 ) -> dict:
-    """Where a number comes from: model, weights, protocol, seed, parameters, versions, commit, date, seconds since this module was imported."""
-    model = {} if vlm is None else {"model": vlm.name, "organism": bool(vlm.organism), "revision": getattr(vlm, "revision", None),
-                                    "weight_hash": vlm.weight_hash}
+    """Where a number comes from: model, weights, protocol, seed, parameters, versions, commit, date, seconds.
+
+    The seconds are those since this module was imported."""
+    model = {}
+    if vlm is not None:
+        model = {"model": vlm.name, "organism": bool(vlm.organism), "revision": getattr(vlm, "revision", None),
+                 "weight_hash": vlm.weight_hash}
+    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
     return {**model, "protocol": protocol, "seed": seed, "params": params, "versions": _versions(), "commit": _commit(),
-            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "wall_seconds": round(time.time() - _started, 1)}
+            "date": now, "wall_seconds": round(time.time() - _started, 1)}
 
 # %% ../nbs/lib/store.ipynb #9468fa3d
+def rounded(
+    o, # numbers in dictionaries and lists
+    digits:int=6, # significant ones
+):
+    """The same with every float rounded to some significant digits: what people read, and what two machines agree on."""
+    if isinstance(o, dict): return {key: rounded(value, digits) for key, value in o.items()}
+    if isinstance(o, list): return [rounded(value, digits) for value in o]
+    return float(f"{o:.{digits}g}") if isinstance(o, float) else o
+
+def _provenance_path(path):
+    "Where the provenance of a file of results is: in a folder of its own, so that equal numbers leave equal files."
+    return path.parent/"provenance"/path.name
+
 def save_results(
     model:str, # bundled name, local folder or Hub id
     notebook:str, # "03_extraction"
-    numbers:dict, # what the notebook found, JSON types and arrays
+    numbers:dict, # what the notebook computed, JSON types and arrays
     provenance:dict, # from `provenance()`
 ) -> Path:
-    """Write `results/<model>/<notebook>.json`: the provenance, then the numbers. ValueError if `numbers` has a provenance of its own."""
+    """Write `results/<model>/<notebook>.json`, rounded to 6 digits, and `results/<model>/provenance/<notebook>.json`.
+
+    ValueError if `numbers` has a provenance of its own."""
     if "provenance" in numbers: raise ValueError("the key 'provenance' is reserved; pass it as the last argument")
-    return write_json(own_results_dir(model)/f"{notebook}.json", {"provenance": provenance, **numbers})
+    path = own_results_dir(model)/f"{notebook}.json"
+    write_json(_provenance_path(path), provenance)
+    return write_json(path, rounded(_plain(numbers)))
+
+def read_results(
+    path:str|Path, # a file that `save_results` wrote
+) -> dict: # the numbers, and the provenance under that key
+    """The numbers of a file with their provenance. FileNotFoundError without the file."""
+    path = Path(path)
+    origin = _provenance_path(path)
+    if path.parent.name == "quick": origin = path.parent.parent/"provenance"/"quick"/path.name
+    provenance = json.loads(origin.read_text(encoding="utf-8")) if origin.is_file() else {}
+    return {"provenance": provenance, **json.loads(path.read_text(encoding="utf-8"))}
 
 def load_results(
     model:str, # bundled name, local folder or Hub id
@@ -195,7 +248,36 @@ def load_results(
     path = stored_path(results_dir(model)/f"{notebook}.json")
     if not path.is_file():
         raise FileNotFoundError(f"no {path}: run `spatialid run {notebook.split('_')[0]} --model {model}` first")
-    return json.loads(path.read_text(encoding="utf-8"))
+    return read_results(path)
+
+# %% ../nbs/lib/store.ipynb #4c667470
+def _estimates(o, at=""):
+    "(key, value, low, high) of every number below `o`, low and high None where it has no interval."
+    if isinstance(o, list): o = dict(enumerate(o))
+    if isinstance(o, dict):
+        if "value" in o and not isinstance(o["value"], (list, dict)):
+            yield at, o["value"], o.get("low"), o.get("high")
+            o = {key: value for key, value in o.items() if key not in ("value", "low", "high")}
+        for key, value in o.items(): yield from _estimates(value, f"{at}.{key}" if at else str(key))
+    elif isinstance(o, (int, float)) and not isinstance(o, bool): yield at, o, None, None
+
+def moved(
+    before:dict, # results of a notebook
+    after:dict, # the same from another run
+    within:bool=False, # also those that changed inside their interval
+    tolerance:float=1e-4, # relative, of a number without an interval
+) -> list: # of {key, before, after, low, high, beyond}; None for a number that one of the two does not have
+    """The numbers that differ beyond their interval."""
+    old, new = ({key: (value, low, high) for key, value, low, high in _estimates(results)} for results in (before, after))
+    rows = []
+    for key in dict.fromkeys((*old, *new)):
+        (was, low, high), now = old.get(key, (None, None, None)), new.get(key, (None,))[0]
+        if was == now: continue
+        beyond = was is None or now is None
+        if not beyond and low is not None: beyond = not low <= now <= high
+        elif not beyond: beyond = abs(now - was) > tolerance * max(abs(now), abs(was))
+        if beyond or within: rows.append({"key": key, "before": was, "after": now, "low": low, "high": high, "beyond": beyond})
+    return rows
 
 # %% ../nbs/lib/store.ipynb #0069a44d
 OKABE_ITO = ["#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442", "#000000"]
@@ -204,9 +286,11 @@ def style():
     """A context in which figures have the project's look: `with style(): fig, ax = plt.subplots()`. Colours: Okabe and Ito (2008)."""
     import matplotlib as mpl  # here, for the command line to answer at once
     return mpl.rc_context({
-        "axes.prop_cycle": mpl.cycler(color=OKABE_ITO), "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
-        "grid.alpha": .25, "grid.linewidth": .6, "font.size": 10, "axes.titlesize": 11, "axes.titlelocation": "left", "axes.labelsize": 10,
-        "xtick.labelsize": 9, "ytick.labelsize": 9, "legend.fontsize": 9, "legend.frameon": False, "legend.handlelength": 3, "lines.linewidth": 1.8,
+        "axes.prop_cycle": mpl.cycler(color=OKABE_ITO), "axes.spines.top": False, "axes.spines.right": False,
+        "axes.grid": True,
+        "grid.alpha": .25, "grid.linewidth": .6, "font.size": 10, "axes.titlesize": 11, "axes.titlelocation": "left",
+        "axes.labelsize": 10, "xtick.labelsize": 9, "ytick.labelsize": 9, "legend.fontsize": 9,
+        "legend.frameon": False, "legend.handlelength": 3, "lines.linewidth": 1.8,
         "figure.dpi": 90, "savefig.dpi": 90, "figure.figsize": (6.4, 3.8), "figure.constrained_layout.use": True})
 
 def save_figure(

@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 from tokenizers import normalizers
 from transformers import AutoConfig, LlavaConfig
 
-from spatialid import hooks as library
+from spatialid import hooks as library, registry
 from spatialid.pictures import as_seen
 from spatialid.families import FAMILIES
 from spatialid.hooks import VLM
@@ -477,7 +477,7 @@ def test_models_of_the_paper(saved, monkeypatch):
     with pytest.raises(ValueError, match="llava-1.5-7b-hf says llava with 4 blocks of width 32, but it should be llava with 32 blocks of width 4096"):
         known.check(AutoConfig.from_pretrained(saved))
     with pytest.raises(ValueError, match="authors' own format"): find_checkpoint("llava-video").check(AutoConfig.from_pretrained(saved))
-    monkeypatch.setattr(library, "HUB", [library.Checkpoint("small", "some/small", "llava", "float16", 4, 32)])
+    monkeypatch.setattr(registry, "HUB", [registry.Checkpoint("small", "some/small", "llava", "float16", 4, 32)])
     monkeypatch.setattr(library, "locate", lambda name: (str(saved), saved))
     assert VLM.load("small", device="cpu").model.dtype == torch.float16
 

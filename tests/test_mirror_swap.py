@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from spatialid.store import read_results
 from spatialid import mirror_swap as ms
 from spatialid.benchmarks import Benchmark, write_benchmark
 from spatialid.scenes import FreeScenes
@@ -305,7 +306,7 @@ def test_ticks(layers, expected):
 def test_results_are_complete():
     "Every rule of claims.json finds its number, or the file says that the model cannot be judged."
     path = ROOT/"results"/"llava-tiny"/"02_mirror_swap.json"
-    found = json.loads(path.read_text())
+    found = read_results(path)
     rules = [c["rule"] for c in json.loads((ROOT/"nbs"/"claims.json").read_text()) if c["rule"] and c["rule"]["notebook"] == "02_mirror_swap"]
     assert len(rules) == 8
     for rule in rules:
@@ -323,7 +324,7 @@ def test_results_are_complete():
 def test_the_stored_log_probabilities_give_the_stored_curve():
     from safetensors.torch import load_file
     folder = ROOT/"results"/"llava-tiny"
-    t, found = load_file(folder/"02_mirror_swap.safetensors"), json.loads((folder/"02_mirror_swap.json").read_text())
+    t, found = load_file(folder/"02_mirror_swap.safetensors"), read_results(folder/"02_mirror_swap.json")
     truth = t["mirror/truth"]
     lead = lambda x: (x.gather(-1, truth.expand(x.shape[:-1])[..., None]) - x.gather(-1, 1 - truth.expand(x.shape[:-1])[..., None]))[..., 0].double()
     base, source, patched = (lead(t[f"mirror/{k}"]) for k in ("base", "source", "image"))

@@ -47,7 +47,7 @@ def test_settings_ini_agrees_with_pyproject():
     as_text = lambda v: " ".join(v) if isinstance(v, list) else str(v).capitalize() if isinstance(v, bool) else v
     shared = ini.keys() & nbdev.keys()
     assert shared >= {"title", "lib_path", "nbs_path", "doc_path", "branch", "tst_flags", "custom_sidebar",
-                      "allowed_cell_metadata_keys"}
+                      "allowed_cell_metadata_keys", "allowed_metadata_keys"}
     assert {k: ini[k] for k in shared} == {k: as_text(nbdev[k]) for k in shared}
     assert (project["name"], project["description"]) == (ini["lib_name"], ini["description"])
     assert project["requires-python"] == ">=" + ini["min_python"]

@@ -31,10 +31,11 @@ def lab(tmp_path, monkeypatch):
         root, toy, runs = tmp_path, str(tmp_path/"toy"), tmp_path/"results"/"toy"/".runs"
 
         @staticmethod
-        def notebook(name, *code, parameters='model = "toy"\nn = 3'):
+        def notebook(name, *code, parameters='model = "toy"\nn = 3', **declared):
             cells = [nbformat.v4.new_code_cell(parameters, metadata={"tags": ["parameters"]}), *map(nbformat.v4.new_code_cell, code)]
-            kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
-            nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), tmp_path/"nbs"/f"{name}.ipynb")
+            kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+            metadata = {"kernelspec": kernel, "spatialid": declared}
+            nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=metadata), tmp_path/"nbs"/f"{name}.ipynb")
 
         @staticmethod
         def start(*args):
@@ -72,7 +73,7 @@ def fails(capsys, code, *args):
 def test_wrong_argument_names_the_valid_ones(lab, capsys, args, names):
     lab.notebook("01_a")
     lab.notebook("02_b", parameters="n = 3")
-    lab.notebook("03_c", "stored_ids(vlm, model)", parameters='model = "llava-tiny"\nn_scenes = 3\nn_rows = None\nbenchmark = None\nquick = False')
+    lab.notebook("03_c", needs=["03_extraction"], parameters='model = "llava-tiny"\nn_scenes = 3\nn_rows = None\nbenchmark = None\nquick = False')
     lab.notebook("04_d", parameters='model = "onevision-tiny"')
     message = fails(capsys, 2, *args)
     assert names in message and message.strip().count("\n") == 0
@@ -93,7 +94,7 @@ def test_run_injects_parameters_and_drops_eval_false(lab, capsys):
                  'from spatialid.store import save_results\nsave_results(model, "01_a", {"n": n, "sizes": sizes}, {})',
                  parameters='model = "x"\nn = 3\nsizes = (1, 2)')
     assert cli.main(["run", "01", "--model", "toy", "-p", "n=7", "-p", "sizes=(74, 124)"]) == 0
-    assert json.loads((lab.root/"results/toy/01_a.json").read_text()) == {"provenance": {}, "n": 7, "sizes": [74, 124]}
+    assert json.loads((lab.root/"results/toy/01_a.json").read_text()) == {"n": 7, "sizes": [74, 124]}
     assert (lab.runs/"01_a.ipynb").is_file()
     assert "01_a 100%" in capsys.readouterr().err
 
@@ -179,7 +180,7 @@ def test_small_models_run_side_by_side(lab, capfd, monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     own = {"parameters": 'model = "llava-tiny"'}
     lab.notebook("01_a", MEET.format(me="01_a", other="03_extraction"), **own)
-    lab.notebook("02_b", "# stored_ids(vlm, model)\nassert open('03_extraction.done').read() == 'yes'", **own)
+    lab.notebook("02_b", "assert open('03_extraction.done').read() == 'yes'", needs=["03_extraction"], **own)
     lab.notebook("03_extraction", MEET.format(me="03_extraction", other="01_a"), "time.sleep(1); open('03_extraction.done', 'w').write('yes')", **own)
     code = runner.reproduce(["llava-tiny"])
     err = capfd.readouterr().err
@@ -286,7 +287,7 @@ def test_the_papers_claims(monkeypatch):
         assert set(e) - {"history"} == {"id", "source", "claim", "paper", "note", "measure", "rule"} and e["source"] and e["claim"]
         assert all(set(h) == {"date", "was", "why"} and all(h.values()) for h in e.get("history", ()))
         if e["rule"]:
-            assert set(e["rule"]) - {"model", "named"} == {"notebook", "key", "op", "threshold"} and e["rule"]["op"] in OPS and e["measure"]
+            assert set(e["rule"]) - {"model", "named", "exact"} == {"notebook", "key", "op", "threshold"} and e["rule"]["op"] in OPS and e["measure"]
             assert e["rule"]["notebook"] in runner.notebooks()
     assert {r["status"] for r in runner.claims("llava-tiny")} <= {"holds", "does not hold", "not judged", "not yet run"}
 
@@ -306,7 +307,7 @@ def test_models(capsys):
 def test_a_claim_about_many_models_is_read_where_they_are_compared(lab, capsys):
     entry = {"id": "all", "source": "§0", "claim": "", "paper": "", "note": "", "measure": "x", "rule": {"notebook": "13_models", "model": "models", "key": "claims.x", "op": ">", "threshold": 0}}
     (lab.root/"nbs"/"claims.json").write_text(json.dumps([entry]))
-    store.write_json(lab.root/"results"/"models"/"13_models.json", {"provenance": {"protocol": "paper"}, "claims": {"x": {"value": 1, "low": .5, "high": 2, "n": 12}}})
+    store.save_results("models", "13_models", {"claims": {"x": {"value": 1, "low": .5, "high": 2, "n": 12}}}, {"protocol": "paper"})
     row, = runner.claims("toy")
     assert (row["status"], row["model"], row["n"]) == ("holds", "models", 12)
 
@@ -314,8 +315,10 @@ def test_a_claim_about_many_models_is_read_where_they_are_compared(lab, capsys):
 def test_what_a_model_cannot_give_is_read_from_the_model_that_the_rule_names(lab):
     entry = {"id": "x", "source": "§0", "claim": "", "paper": "", "note": "", "measure": "x", "rule": {"notebook": "01_a", "model": "other", "key": "claims.x", "op": ">", "threshold": 0}}
     (lab.root/"nbs"/"claims.json").write_text(json.dumps([entry]))
-    def write(name, number, **params): store.write_json(lab.root/"results"/name/"01_a.json", {"provenance": {"protocol": "paper", "model": name, "params": params}, "claims": {"x": number}})
-    number = lambda v: {"value": v, "low": v, "high": v, "n": 2}
+    def write(name, number, **params):
+        origin = {"protocol": "paper", "model": name, "params": params}
+        store.save_results(name, "01_a", {"claims": {"x": number}}, origin)
+    number = lambda v: {"value": v, "low": v - .1, "high": v + .1, "n": 2}
     write("toy", {"value": None, "low": None, "high": None, "n": 0, "not_judged": "it has no table"})
     row, = runner.claims("toy")
     assert (row["status"], row["reason"]) == ("not judged", "it has no table")
@@ -356,7 +359,7 @@ def test_a_quick_run_leaves_what_a_full_one_wrote(lab, capsys):
     (lab.root/"nbs"/"claims.json").write_text(json.dumps([entry]))
     folder = lab.root/"results"/"toy"
     assert cli.main(["run", "01", "--model", lab.toy, "-p", "quick=True"]) == 0 and not (folder/"01_a.json").exists()
-    assert json.loads((folder/"quick"/"01_a.json").read_text())["provenance"]["params"]["quick"] is True
+    assert store.read_results(folder/"quick"/"01_a.json")["provenance"]["params"]["quick"] is True
     assert runner.claims("toy")[0]["reason"] == "only a quick run so far"
     assert cli.main(["run", "01", "--model", lab.toy]) == 0 and runner.claims("toy")[0]["status"] == "holds"
     before = (folder/"01_a.json").read_bytes()
@@ -381,7 +384,7 @@ def test_a_model_in_short(lab, capsys):
     assert cli.main(["reproduce", "--short", "toy"]) == 0
     quick = full.parent/"quick"
     assert sorted(p.name for p in quick.glob("*.json")) == ["02_mirror_swap.json", "03_extraction.json", "04_steering.json"]
-    assert json.loads((quick/"04_steering.json").read_text()) == {"provenance": {"params": {"quick": True}}, "n": 2, "before": 3}
+    assert store.read_results(quick/"04_steering.json") == {"provenance": {"params": {"quick": True}}, "n": 2, "before": 3}
     assert "of a full run" in full.read_text()
     out = capsys.readouterr().out
     assert "03_extraction · toy (short): done" in out and f"numbers and figures in {quick}" in out
@@ -498,9 +501,10 @@ def test_a_folder_is_marked_before_anything_is_written(tmp_path, monkeypatch):
 
 
 def test_results_from_before_there_were_marks_are_told_by_their_provenance(tmp_path):
-    store.write_json(tmp_path/"results"/"model"/"03_x.json", {"provenance": {"model": "some/model"}, "x": 1})
+    def write(name): store.write_json(tmp_path/"results"/name/"provenance"/"03_x.json", {"model": "some/model"})
+    write("model")
     assert save_as("some/model", 2) == "model" and save_as("other/model", 3).startswith("model-")
-    store.write_json(tmp_path/"results"/"mine"/"03_x.json", {"provenance": {"model": "some/model"}, "x": 1})
+    write("mine")
     assert save_as("mine", 4) == "mine", "a name of one's own is no model"
 
 
@@ -523,8 +527,10 @@ def test_a_benchmark_that_cannot_serve_is_refused_before_the_run(lab, capsys):
     from spatialid.benchmarks import write_benchmark
     folder = write_benchmark(lab.root/"b", 12)
     rows = json.loads((folder/"coco_qa_two_obj.json").read_text())
-    for name in ("02_mirror_swap", "04_steering", "06_diagnosis"):
-        lab.notebook(name, parameters=f'model = {lab.toy!r}\nbenchmark = None')
+    both = ["left_right", "above_below"]
+    for name, kinds, boxes in (("02_mirror_swap", both[:1], False), ("04_steering", both, False), ("06_diagnosis", both, True)):
+        asks = {"kinds": kinds, "boxes": boxes}
+        lab.notebook(name, parameters=f'model = {lab.toy!r}\nbenchmark = None', benchmark=asks)
     (folder/"coco_qa_two_obj.json").write_text(json.dumps([r for r in rows if " of " in r[1].removeprefix("A photo of")]))
     (folder/"instances_val2017.json").rename(folder/"away.json")
     give = lambda number: ("run", number, "-p", f"benchmark={folder}")
@@ -551,7 +557,7 @@ def test_two_models_of_one_name_are_reproduced_beside_each_other(lab, capsys):
     (lab.root/"nbs"/"claims.json").write_text(json.dumps([entry]))
     lab.notebook("01_a", """from spatialid.store import save_results
 v = 1. if "/b/" in model else 0.
-save_results(model, "01_a", {"claims": {"x": dict(value=v, low=v, high=v, n=9)}}, {"model": model})""")
+save_results(model, "01_a", {"claims": {"x": dict(value=v, low=v - .1, high=v + .1, n=9)}}, {"model": model})""")
     runs = [lab.root/run/"ckpt" for run in ("a", "b")]
     for folder in runs:
         folder.mkdir(parents=True)

@@ -7,7 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from spatialid import data
+from spatialid.store import read_results
+from spatialid.scenes import between
 from spatialid import steering as st
 from spatialid.benchmarks import Benchmark, write_benchmark
 from spatialid.scenes import FreeScenes, GridScenes, Thing, grid_pairs
@@ -289,7 +290,7 @@ def test_arranged_scenes_ask_what_they_show():
         seen.add((other[0], q.truth))
         b, (at, one, two) = st.in_between(source, i, 0)
         things = [Thing("", None, (x + .5) / 4, (y + .5) / 4, .2, 2, True) for x, y in (at, one, two)]
-        assert data.between(*things) == b.truth and len(set(b.words.values())) == 3
+        assert between(*things) == b.truth and len(set(b.words.values())) == 3
         r, (own, centre) = st.surrounded(source, i, 0)
         assert r.truth == ("yes" if own == centre else "no") and (own == centre or max(abs(own[0] - centre[0]), abs(own[1] - centre[1])) >= 2)
         assert min(centre) >= 1 and max(centre) <= 2
@@ -503,7 +504,7 @@ def test_figures_of_the_dose():
 
 @pytest.mark.parametrize("path", sorted((ROOT/"results").glob("*/04_steering.json")), ids=lambda p: p.parent.name)
 def test_results_are_complete(path):
-    found = json.loads(path.read_text(encoding="utf-8"))
+    found = read_results(path)
     number = lambda one: one["n"] > 0 and (one["low"] <= one["value"] <= one["high"] if one["value"] is not None else one["not_judged"])
     assert all(number(one) for one in found["claims"].values()) and found["provenance"]["params"]["alpha"] == 5
     assert {"ID", "noise", "permuted places", "off the plane", "agreeing ID"} <= set(found["fig2"]["curves"]) and set(found["fig2"]["readings"]) == {"top 3", "chosen on half", "middle third"}

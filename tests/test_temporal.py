@@ -10,6 +10,7 @@ from PIL import Image, ImageOps
 from scipy.stats import spearmanr
 from tiny import tiny
 
+from spatialid.store import read_results
 from spatialid import runner, temporal as tm
 from spatialid.benchmarks import write_mvbench
 from spatialid.questions import BEFORE_AFTER
@@ -183,7 +184,7 @@ def test_the_notebook_runs_for_other_families(family, tmp_path, monkeypatch):
     model.save_pretrained(folder); processor.save_pretrained(folder)
     monkeypatch.setenv("SPATIALID_RESULTS", str(tmp_path))
     runner.run_notebook(runner.find_notebook("08"), str(folder), quick=True, px=24, n_objects=3)
-    found = json.loads((tmp_path / "results" / folder.name / "quick" / "08_temporal.json").read_text())
+    found = read_results(tmp_path / "results" / folder.name / "quick" / "08_temporal.json")
     assert found["claims"]["emerges"]["not_judged"] and found["fig10b"]["videos"] == 336 and found["provenance"]["params"]["quick"]
     assert found["fig10c"]["from_files"]["same_answer"]["n"] == found["fig10c"]["right"]["n"]
     for figure in ("fig10a", "fig10b", "fig10c", "figA13", "figA17"): assert (tmp_path / "results" / folder.name / "quick" / f"{figure}.png").stat().st_size > 5000
@@ -196,7 +197,7 @@ def test_the_notebook_asks_about_files_in_the_format_of_mvbench(tmp_path, monkey
     folder = write_mvbench(tmp_path / "mvbench", 12)
     sorted((folder / "video").glob("*.mp4"))[0].unlink()
     runner.run_notebook(runner.find_notebook("08"), "onevision-tiny", benchmark=str(folder), quick=True, n_objects=3)
-    found = json.loads((tmp_path / "results" / "onevision-tiny" / "quick" / "08_temporal.json").read_text())
+    found = read_results(tmp_path / "results" / "onevision-tiny" / "quick" / "08_temporal.json")
     assert found["fig10c"]["right"]["n"] == 6 and found["fig10a"]["answers"]["base"]["n"] == 6 and found["fig10c"]["right"]["value"] > .5
     assert found["fig10c"]["swapped"]["noise"]["n"] == 3 and found["fig10c"]["from_files"] is None
 
