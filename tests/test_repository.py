@@ -16,6 +16,7 @@ import check_site
 import make_docs
 import make_metadata
 import make_readme
+from spatialid.registry import bundled
 import shrink_exceptions
 
 ROOT = Path(__file__).parents[1]
@@ -143,12 +144,13 @@ def test_readme_is_generated_from_the_index():
     assert (ROOT/"README.md").read_text(encoding="utf-8") == make_readme.render(), "run `make prepare`"
 
 
-def test_each_bundled_model_has_its_page(monkeypatch):
+def test_each_bundled_model_has_its_page(tmp_path, monkeypatch):
     monkeypatch.setenv("SPATIALID_RESULTS", str(ROOT))
-    pages = make_readme.pages()
-    shown = {p: p.read_text(encoding="utf-8") for p in (ROOT/"nbs"/"models").glob("*.md")}
-    assert shown == pages, "run `make prepare`"
-    assert all("## Claims" in text or "early" in p.stem for p, text in pages.items())
+    (tmp_path/"nbs"/"models").mkdir(parents=True)
+    (tmp_path/"nbs"/"models"/"gone.md").write_text("of a model that is bundled no more")
+    pages = make_docs.write_model_pages(tmp_path)
+    assert [p.stem for p in pages] == sorted(bundled()) and {*pages} == {*(tmp_path/"nbs"/"models").iterdir()}
+    assert all("## Claims" in p.read_text(encoding="utf-8") or "early" in p.stem for p in pages)
 
 
 def test_experiments_have_one_parameters_cell():
@@ -229,6 +231,7 @@ def site(tmp_path_factory):
     tree = copy_of_tree(tmp_path_factory.mktemp("site")/"tree")
     script = "from nbdev.quarto import refresh_quarto_yml; refresh_quarto_yml()"
     subprocess.run([sys.executable, "-c", script], cwd=tree, check=True)
+    make_docs.write_model_pages(tree)
     return tree
 
 
@@ -350,12 +353,12 @@ def processed(tmp_path_factory):
     for source in ("import json\njson.dumps(defined_nowhere)", "%time\nimport math\ndefined_nowhere",
                    "def half():\n    import math\n    return math.pi / 2\ndefined_nowhere()"):
         output = nbformat.v4.new_output("stream", name="stdout", text="as saved\n")
-        add_cell(tree/"nbs"/"00_results.ipynb", nbformat.v4.new_code_cell(source, outputs=[output]))
+        add_cell(tree/"nbs"/"lib"/"store.ipynb", nbformat.v4.new_code_cell(source, outputs=[output]))
     script = "import json, make_docs; print(json.dumps(make_docs.process(make_docs.ROOT)))"
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tree/"tools"), str(tree)])}
     made = subprocess.run([sys.executable, "-c", script], cwd=tree, env=env, capture_output=True, text=True)
     assert made.returncode == 0, made.stderr
-    page, index = (nbformat.read(tree/"_proc"/f"{name}.ipynb", 4) for name in ("00_results", "index"))
+    page, index = (nbformat.read(tree/"_proc"/f"{name}.ipynb", 4) for name in ("lib/store", "index"))
     return json.loads(made.stdout.splitlines()[-1]), page, index
 
 

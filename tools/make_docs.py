@@ -69,12 +69,25 @@ def link_pages(root):
         write_nb(nb, page)
 
 
+def write_model_pages(root):
+    "Writes the page of each bundled model into nbs/models/, and removes those of others. Returns their paths."
+    from spatialid.registry import bundled
+    from spatialid.runner import model_page
+    folder = Path(root)/"nbs"/"models"
+    folder.mkdir(exist_ok=True)
+    pages = {folder/f"{name}.md": model_page(name) for name in bundled()}
+    for path in {*folder.glob("*.md")} - pages.keys(): path.unlink()
+    for path, text in pages.items(): path.write_text(text, encoding="utf-8")
+    return sorted(pages)
+
+
 def process(root):
     """Makes the pages of a checkout in its _proc/. Returns problems, as sentences.
 
     As `nbdev-proc-nbs`, but without its attempt to install Quarto with sudo."""
     root = Path(root).absolute()
     os.chdir(root)
+    write_model_pages(root)
     refresh_quarto_yml()
     with mock.patch.object(nbdev.serve, "FilterDefaults", Pages):
         nbdev.serve.proc_nbs(symlinks=True, n_workers=0)  # follows nbs/results

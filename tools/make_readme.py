@@ -1,6 +1,6 @@
-"""README.md from nbs/index.ipynb, without Quarto, and the page of each bundled model.
+"""README.md from nbs/index.ipynb, without Quarto.
 
-`python tools/make_readme.py` writes them, tests/test_repository.py compares."""
+`python tools/make_readme.py` writes it, tests/test_repository.py compares."""
 import re
 from pathlib import Path
 
@@ -54,18 +54,6 @@ def render(path=ROOT/"nbs"/"index.ipynb"):
     return relocate("\n\n".join(p.strip() for p in parts), Path(path).parent) + "\n"
 
 
-def pages():
-    "{path: text} of the pages of the bundled models."
-    from spatialid.registry import bundled
-    from spatialid.runner import model_page
-    return {ROOT/"nbs"/"models"/f"{name}.md": model_page(name) for name in bundled()}
-
-
 if __name__ == "__main__":
     (ROOT/"README.md").write_text(render(), encoding="utf-8")
-    made = pages()
-    for path, text in made.items():
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(text, encoding="utf-8")
-    for path in set((ROOT/"nbs"/"models").glob("*.md")) - made.keys(): path.unlink()
-    print(f"README.md and {len(made)} pages of models written")
+    print("README.md written")
