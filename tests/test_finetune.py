@@ -385,7 +385,7 @@ def test_arms_start_from_the_same_weights_and_a_second_call_goes_on(tmp_path, fo
 def test_held_out_pairs(folders):
     rows = Benchmark(folders["benchmark"])
     names = sorted({n for r in rows for n in (r.subject, r.object)})
-    free = ft.unasked(rows, names)
+    free = ft.unused_pairs(rows, names)
     asked = {(r.subject, r.object) for r in rows}
     assert free and all((a, b) not in asked and (b, a) not in asked for a, b in free) and len(free) == len(names) * (len(names) - 1) - 2 * len({frozenset(p) for p in asked})
 
