@@ -404,11 +404,10 @@ def test_a_killed_run_goes_on_bit_identically_and_two_processes_are_one(tmp_path
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29571"]
     p, first = start(cut, folders), start(whole, folders)
     shared = start(two, folders, torchrun, ACCELERATE_USE_CPU="true")
-    for _ in range(4000):
-        try: step = json.loads((cut / "log.json").read_text())[-1]["step"]
-        except FileNotFoundError: step = -1
-        if step >= 2: break
+    step = -1
+    while step < 2 and p.poll() is None:
         time.sleep(.01)
+        if (cut / "log.json").is_file(): step = json.loads((cut / "log.json").read_text())[-1]["step"]
     p.send_signal(signal.SIGKILL)
     p.wait()
     assert 2 <= state(cut)[0][-1]["step"] < 8, "killed too late to test anything"
