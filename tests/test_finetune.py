@@ -1,4 +1,6 @@
-"Fine-tuning: the loss is its formula in every family, a group is the same in one piece or several, a killed or shared run is the uninterrupted one."
+"""Fine-tuning: the loss is its formula in every family, a group is the same in one piece or in several.
+
+A killed run that goes on, and one shared by two processes, is the uninterrupted one."""
 import json
 import os
 import signal
@@ -11,17 +13,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import TrainingArguments
 
 from spatialid import finetune as ft
-from spatialid.benchmarks import Benchmark, write_benchmark
-from spatialid.scenes import GridScenes, grid_pairs
+from spatialid.data import Benchmark, GridScenes, grid_pairs, write_benchmark
 from spatialid.extraction import SpatialIDs
-from spatialid.finetune import PAPER, Groups, Pictures, Settings, SpatialIDLoss, finetune, group_loss, question, sampled, teach, unfreeze
-from spatialid.families import FAMILIES
-from spatialid.hooks import VLM
+from spatialid.finetune import (PAPER, Groups, Pictures, Settings, SpatialIDLoss, finetune, group_loss, question,
+                                sampled, teach, unfreeze)
+from spatialid.hooks import FAMILIES, VLM
 from tiny import tiny, tiny_llava
 
 SMALL = replace(PAPER, steps=4, every=2, lr=1e-3, last_k=1, layer=2, held=2, instruction="")
@@ -32,7 +34,8 @@ def random_ids(width=32, layers=4, m=4, seed=0):
     return SpatialIDs(table, np.ones((1, 2, m, m)), ["all"], [74, 224], list(range(1, layers + 1)), [("a", "b")], "")
 
 
-def scenes(n_pairs=6, **kwargs): return GridScenes(grid_pairs(n_pairs), (224,), **{"px": 16, "background": "black", **kwargs})
+def scenes(n_pairs=6, **kwargs):
+    return GridScenes(grid_pairs(n_pairs), (224,), **{"px": 16, "background": "black", **kwargs})
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +46,8 @@ def folders(tmp_path_factory):
     picked = [drawn[i] for k in range(6) for i in range(240 * k, 240 * k + 30)]
     ft.write_pictures(root / "train", picked)
     random_ids().save(root / "ids.safetensors")
-    return dict(pictures=root / "train", benchmark=write_benchmark(root / "bench", 12, px=32), ids=root / "ids.safetensors")
+    bench = write_benchmark(root / "bench", 12, px=32)
+    return dict(pictures=root / "train", benchmark=bench, ids=root / "ids.safetensors")
 
 
 @pytest.fixture
@@ -54,7 +58,8 @@ def group(vlm, kind="left_right", word="object", start=0, micro=None, source=Non
     source = source or scenes()
     one = [source[i] for i in range(start, start + 15)]
     n = micro or 15
-    return [teach(vlm, [question(s, kind, word) for s in one[k:k + n]], [s.b_cell for s in one[k:k + n]], word) for k in range(0, 15, n)]
+    parts = [one[k:k + n] for k in range(0, 15, n)]
+    return [teach(vlm, [question(s, kind, word) for s in part], [s.b_cell for s in part], word) for part in parts]
 
 
 # --- the loss
@@ -70,17 +75,19 @@ def test_the_loss_is_its_formula():
     cosines = [c @ (t := bilinear(*p)) / np.linalg.norm(c) / np.linalg.norm(t) for c, p in zip(centred, places)]
     loss = SpatialIDLoss(ids, 2)
     assert abs(float(loss(torch.tensor(rows), places)) - (1 - np.mean(cosines))) < 1e-12
-    assert torch.allclose(loss(torch.tensor(rows) * 5 + 3, places), loss(torch.tensor(rows), places)), "neither the word nor the length of the rows matters"
+    longer = torch.tensor(rows) * 5 + 3
+    assert torch.allclose(loss(longer, places), loss(torch.tensor(rows), places)), "neither word nor length matters"
     assert loss(torch.tensor(rows).bfloat16(), places).dtype == torch.float32
     with pytest.raises(ValueError, match="no layer 9: they have 1, 2, 3, 4"): SpatialIDLoss(ids, 9)
 
 
 def test_wrong_places_are_all_wrong_and_the_same_ids():
     ids = random_ids()
-    true, grids = SpatialIDLoss(ids, 1).grid.flatten(0, 1), [SpatialIDLoss(ids, 1, permuted=s).grid.flatten(0, 1) for s in range(5)]
+    def cells(seed): return SpatialIDLoss(ids, 1, permuted=seed).grid.flatten(0, 1)
+    true, grids = cells(None), [cells(seed) for seed in range(5)]
     for grid in grids:
         assert not (grid == true).all(1).any() and torch.equal(grid.sum(1).sort().values, true.sum(1).sort().values)
-    assert not torch.equal(grids[0], grids[1]) and torch.equal(grids[2], SpatialIDLoss(ids, 1, permuted=2).grid.flatten(0, 1))
+    assert not torch.equal(grids[0], grids[1]) and torch.equal(grids[2], cells(2))
 
 
 # --- groups
@@ -91,6 +98,7 @@ def test_a_question_has_the_answer_of_its_picture():
         for word in ("object", "subject"):
             for kind, axis, low, high in (("left_right", 0, "left", "right"), ("above_below", 1, "above", "below")):
                 q = question(s, kind, word)
+                assert ft.has_answer(s, kind) == (q.truth is not None)
                 assert q.words[word] == s.b
                 here, there = (s.b_cell, s.a_cell) if word == "subject" else (s.a_cell, s.b_cell)
                 assert q.truth == (None if here[axis] == there[axis] else low if here[axis] < there[axis] else high)
@@ -98,19 +106,34 @@ def test_a_question_has_the_answer_of_its_picture():
 
 def test_samplers():
     p = Pictures.of(scenes())
+    series = lambda items: {(s.a, s.a_cell, s.b) for s, _ in items}
     for i in range(4):
         items = sampled(p, "balanced", i, 0)
-        assert {k for _, k in items} == {("left_right", "above_below")[i % 2]} and len({s.b_cell for s, _ in items}) == 15 and len({(s.a, s.a_cell, s.b) for s, _ in items}) == 1
+        assert {k for _, k in items} == {("left_right", "above_below")[i % 2]}
+        assert len({s.b_cell for s, _ in items}) == 15 and len(series(items)) == 1
     first, second = sampled(p, "released", 0, 0), sampled(p, "released", 1, 0)
-    both = [(s.b_cell, k) for s, k in first + second]
-    assert (len(first), len(second)) == (15, 9) and len({*both}) == 24 and len({(s.a, s.a_cell, s.b) for s, _ in first + second}) == 1
+    both = {(s.b_cell, k) for s, k in first + second}
+    assert (len(first), len(second), len(both)) == (15, 9, 24) and len(series(first + second)) == 1
     assert len({k for _, k in first}) == 2
     mixed = sampled(p, "shuffled", 0, 0)
-    assert len(mixed) == 15 and len({(s.a, s.a_cell, s.b) for s, _ in mixed}) > 8 and all(question(s, k).truth for s, k in mixed)
+    assert len(mixed) == 15 and len(series(mixed)) > 8 and all(question(s, k).truth for s, k in mixed)
+
+
+def test_samplers_depend_on_seed_and_number_alone():
+    p = Pictures.of(scenes())
     key = lambda items: [(s.index, k) for s, k in items]
     for sampler in ft.SAMPLERS:
-        assert key(sampled(p, sampler, 2, 3)) == key(sampled(p, sampler, 2, 3)) and key(sampled(p, sampler, 2, 3)) != key(sampled(p, sampler, 2, 4))
+        one = key(sampled(p, sampler, 2, 3))
+        assert one == key(sampled(p, sampler, 2, 3)) and one != key(sampled(p, sampler, 2, 4))
     with pytest.raises(ValueError, match="balanced, released, shuffled"): sampled(p, "other", 0, 0)
+
+
+def test_the_commoner_answer_of_a_group():
+    p = Pictures.of(scenes())
+    items = [(p.scenes[i], "left_right") for i in next(one for one in p.series if p.scenes[one[0]].a_cell[0] == 1)]
+    assert ft.commoner_share(items) == 8 / 12, "two columns of four on the right, one on the left"
+    corner = next(one for one in p.series if p.scenes[one[0]].a_cell == (0, 0))
+    assert ft.commoner_share([(p.scenes[i], kind) for i in corner for kind in ("left_right", "above_below")]) == 1
 
 
 def test_pictures_in_a_folder_are_what_was_drawn(folders):
@@ -126,48 +149,59 @@ def test_pictures_in_a_folder_are_what_was_drawn(folders):
     pairs = lambda p: {frozenset((p.scenes[s[0]].a, p.scenes[s[0]].b)) for s in p.series}
     assert not pairs(train) & pairs(held) and len(train.series) + len(held.series) == 12 and held.series
     generated = Pictures.of(drawn)
-    assert [list(s) for s in generated.series] == [list(s) for s in Pictures(drawn).series], "a grid is cut into series without looking at it"
+    by_sight = [list(s) for s in Pictures(drawn).series]
+    assert [list(s) for s in generated.series] == by_sight, "a grid is cut into series without looking at it"
 
 
 def test_wrong_folders(tmp_path, folders):
     with pytest.raises(FileNotFoundError, match="no folder"): ft.read_pictures(tmp_path / "none")
     with pytest.raises(FileNotFoundError, match="holds no .png"): ft.read_pictures(tmp_path)
     Image.new("RGB", (4, 4)).save(tmp_path / "dog_1_cat.png")
-    with pytest.raises(ValueError, match="cannot read the file name 'dog_1_cat.png'.*dog_0-1_cake_3-2.png"): ft.read_pictures(tmp_path)
+    with pytest.raises(ValueError, match="cannot read the file name 'dog_1_cat.png'.*dog_0-1_cake_3-2.png"):
+        ft.read_pictures(tmp_path)
     (tmp_path / "dog_1_cat.png").rename(tmp_path / "dog_0-1_cat_2-2.png")
     with pytest.raises(ValueError, match="no object is shown in two places"): Pictures.of(tmp_path)
     Image.new("RGB", (4, 4)).save(tmp_path / "dog_0-1_cat_5-2.png")
     with pytest.raises(ValueError, match="one pair of objects only .cat and dog."): Pictures.of(tmp_path).split()
-    with pytest.raises(ValueError, match="'dog_0-1_cat_5-2.png' names a cell outside the 4 × 4"): finetune(VLM(*tiny_llava(), "tiny"), tmp_path, folders["benchmark"], random_ids(), None, SMALL)
+    vlm = VLM(*tiny_llava(), "tiny")
+    with pytest.raises(ValueError, match="'dog_0-1_cat_5-2.png' names a cell outside the 4 × 4"):
+        finetune(vlm, tmp_path, folders["benchmark"], random_ids(), None, SMALL)
 
 
 # --- what a model is taught, in every family
 
 def alone(vlm, query, word, layer):
-    "Cross-entropy of the answer and the row of the word, one question at a time, without padding: the answer's tokens appended by hand."
+    "Cross-entropy of the answer and the row of the word, one question without padding, the answer appended by hand."
     batch = vlm.encode([query])
-    prompt = batch["input_ids"]
     answer = torch.tensor([ft.answer_ids(vlm, query)])
-    batch["input_ids"], n = torch.cat([prompt, answer], 1), answer.shape[1]
+    batch["input_ids"], n = torch.cat([batch["input_ids"], answer], 1), answer.shape[1]
     batch["attention_mask"] = torch.ones_like(batch["input_ids"])
     for key in ("token_type_ids", "mm_token_type_ids"):
         if key in batch: batch[key] = torch.cat([batch[key], torch.zeros_like(answer)], 1)
-    if "cross_attention_mask" in batch: batch["cross_attention_mask"] = torch.cat([batch["cross_attention_mask"]] + [batch["cross_attention_mask"][:, -1:]] * n, 1)
-    if vlm.family.mrope: batch["position_ids"] = vlm.model.model.get_rope_index(**{k: v for k, v in batch.items() if k != "position_ids"})[0]
-    batch = {k: v.to(vlm.model.dtype) if torch.is_tensor(v) and v.is_floating_point() else v for k, v in batch.items()}
+    if "cross_attention_mask" in batch:
+        mask = batch["cross_attention_mask"]
+        batch["cross_attention_mask"] = torch.cat([mask] + [mask[:, -1:]] * n, 1)
+    if vlm.family.mrope:
+        rest = {k: v for k, v in batch.items() if k != "position_ids"}
+        batch["position_ids"] = vlm.model.model.get_rope_index(**rest)[0]
+    def cast(v): return v.to(vlm.model.dtype) if torch.is_tensor(v) and v.is_floating_point() else v
+    batch = {k: cast(v) for k, v in batch.items()}
     with torch.no_grad(): logits = vlm.model(**batch, use_cache=False).logits[0, -n - 1:-1]
-    return float(-logits.log_softmax(-1)[torch.arange(n), answer[0]].sum()), vlm.run(query, layer, word).residual(layer)[0, 0]
+    log_probs = logits.log_softmax(-1)[torch.arange(n), answer[0]]
+    return float(-log_probs.sum()), vlm.run(query, layer, word).residual(layer)[0, 0]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_both_ingredients_in_every_family(family):
     vlm = VLM(*tiny(family, dtype=torch.float64), "tiny")
-    picked, layer = [scenes()[i] for i in (0, 3, 250, 2)], 2 # other objects, so prompts of other lengths; the last has no answer
+    # other objects, so prompts of other lengths; the last has no answer
+    picked, layer = [scenes()[i] for i in (0, 3, 250, 2)], 2
     for word in ("object", "subject"):
-        queries = [question(s, "left_right" if k % 2 == 0 else "above_below", word) for k, s in enumerate(picked)]
+        queries = [question(s, ("left_right", "above_below")[k % 2], word) for k, s in enumerate(picked)]
         truths = [q.truth for q in queries]
         batch = teach(vlm, queries, [s.b_cell for s in picked], word)
-        assert [bool((labels != -100).any()) for labels in batch["labels"]] == [t is not None for t in truths] and None in truths
+        taught = [bool((labels != -100).any()) for labels in batch["labels"]]
+        assert taught == [t is not None for t in truths] and None in truths
         with torch.no_grad(): ce, rows = ft.answer_loss(vlm, batch, layer)
         wanted = [alone(vlm, replace(q, truth=q.truth or q.answers[0]), word, layer) for q in queries]
         assert torch.allclose(rows, torch.stack([r for _, r in wanted]), atol=1e-9)
@@ -183,13 +217,15 @@ def test_the_right_weights_learn(family):
     assert learns and all(k.startswith(f"{last}.mlp.") for k in learns) and any(k.endswith(".weight") for k in learns)
     for name, p in vlm.model.named_parameters():
         assert (p.grad is not None and bool(p.grad.any())) == (name in learns), name
-    with pytest.raises(ValueError, match=f"uses {len(blocks)} vision blocks: give 1 to {len(blocks)}"): unfreeze(vlm, len(blocks) + 1)
+    n = len(blocks)
+    with pytest.raises(ValueError, match=f"uses {n} vision blocks: give 1 to {n}"): unfreeze(vlm, n + 1)
 
 
 def test_a_model_without_vision_blocks_says_what_was_tried():
     vlm = VLM(*tiny_llava(), "blind")
     for block in vlm.model.model.vision_tower.encoder.layers: block.feed = block._modules.pop("mlp")
-    with pytest.raises(ValueError, match="blind has no vision blocks.*tried: model.vision_tower.encoder.layers"): unfreeze(vlm, 1)
+    with pytest.raises(ValueError, match="blind has no vision blocks.*tried: model.vision_tower.encoder.layers"):
+        unfreeze(vlm, 1)
 
 
 def test_the_answer_is_the_assistants_turn():
@@ -214,10 +250,12 @@ def test_a_group_in_pieces_is_the_group(llava, kind):
     ce, rows = ft.answer_loss(llava, (batch := group(llava, kind)[0]), 2) # the plain way
     llava.model.zero_grad()
     (ce / (batch["labels"] != -100).sum() + 3 * loss(rows, batch["places"])).backward()
-    for k, g in wanted.items(): assert torch.allclose(g, dict(llava.model.named_parameters())[k].grad, atol=1e-12)
+    plain = {k: p.grad for k, p in llava.model.named_parameters()}
+    for k, g in wanted.items(): assert torch.allclose(g, plain[k], atol=1e-12)
     for micro in (1, 4, 7):
         pieces, found = grads(llava, loss, [group(llava, kind, micro=micro)], 1.)
-        assert np.allclose(pieces, whole, atol=1e-10) and all((found[k] - g).abs().max() < 1e-6 * g.abs().max() for k, g in wanted.items())
+        assert np.allclose(pieces, whole, atol=1e-10)
+        assert all((found[k] - g).abs().max() < 1e-6 * g.abs().max() for k, g in wanted.items())
     apart = sum(loss(rows[k:k + 5], batch["places"][k:k + 5]).item() for k in (0, 5, 10)) / 3
     assert abs(apart - whole[1]) > 1e-3, "centring each piece by itself is another loss"
 
@@ -228,13 +266,16 @@ def test_groups_are_averaged(llava):
     each = [grads(llava, loss, [g], 1.) for g in groups]
     said, found = grads(llava, loss, groups, 1 / 3)
     assert np.allclose(said, np.mean([s for s, _ in each], 0))
-    for k, g in found.items(): assert (g - sum(e[k] for _, e in each) / 3).abs().max() < 1e-6 * g.abs().max() # the norms of Llama are float32
+    for k, g in found.items():
+        mean = sum(e[k] for _, e in each) / 3
+        assert (g - mean).abs().max() < 1e-6 * g.abs().max() # the norms of Llama are float32
 
 
 def test_the_rate():
     s = Settings(steps=100, lr=1., warmup=.03)
     rates = [s.rate(i) for i in range(100)]
-    assert rates[:3] == [1 / 3, 2 / 3, 1.] and rates[3] == 1. and abs(rates[-1] - 1 / 97) < 1e-12 and all(a >= b for a, b in zip(rates[3:], rates[4:]))
+    assert rates[:4] == [1 / 3, 2 / 3, 1., 1.] and abs(rates[-1] - 1 / 97) < 1e-12
+    assert all(a >= b for a, b in zip(rates[3:], rates[4:]))
 
 
 def test_the_trainer_does_the_same(tmp_path):
@@ -242,7 +283,8 @@ def test_the_trainer_does_the_same(tmp_path):
     ours, theirs = (VLM(*tiny_llava(), "tiny") for _ in range(2))
     pictures, ids = Pictures.of(scenes()), random_ids()
     finetune(ours, pictures, write_benchmark(tmp_path / "b", 2, px=32), ids, None, s, progress=False)
-    args = TrainingArguments(str(tmp_path), per_device_train_batch_size=1, gradient_accumulation_steps=2, max_steps=3, max_grad_norm=s.clip, remove_unused_columns=False, report_to=[], use_cpu=True,
+    args = TrainingArguments(str(tmp_path), per_device_train_batch_size=1, gradient_accumulation_steps=2, max_steps=3,
+                             max_grad_norm=s.clip, remove_unused_columns=False, report_to=[], use_cpu=True,
                              save_strategy="no", disable_tqdm=True)
     optimizer = torch.optim.AdamW(unfreeze(theirs, s.last_k).values(), lr=s.lr, weight_decay=s.weight_decay)
     rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: s.rate(i) / s.lr)
@@ -250,7 +292,8 @@ def test_the_trainer_does_the_same(tmp_path):
         def _get_train_sampler(self, *args): return torch.utils.data.SequentialSampler(self.train_dataset)
     first = dict(theirs.model.named_parameters())
     before = {k: p.detach().clone() for k, p in first.items()}
-    trainer = InOrder(theirs, SpatialIDLoss(ids, s.layer), args, train_dataset=Groups(theirs, pictures.split()[0], s), optimizers=(optimizer, rate))
+    groups = Groups(theirs, pictures.split()[0], s)
+    trainer = InOrder(theirs, SpatialIDLoss(ids, s.layer), args, train_dataset=groups, optimizers=(optimizer, rate))
     out = trainer.train()
     wanted = dict(ours.model.named_parameters())
     for k, p in theirs.model.named_parameters():
@@ -264,16 +307,20 @@ def test_the_trainer_does_the_same(tmp_path):
 
 @pytest.mark.slow
 def test_the_loss_teaches_places(folders):
-    s = replace(SMALL, steps=60, every=30, lr=1e-2)
-    learnt, control = (finetune(VLM(*tiny_llava(seed=3), "tiny"), folders["pictures"], folders["benchmark"], random_ids(), None, replace(s, weight=w), progress=False) for w in (20., 0.))
-    assert learnt[0]["id_loss"] == control[0]["id_loss"] and learnt[0]["lm_loss"] == control[0]["lm_loss"], "the same pictures and weights to begin with"
-    assert learnt[-1]["training"][1] < learnt[0]["id_loss"] - .03 and learnt[-1]["training"][1] < control[-1]["training"][1] - .03
+    def run(weight):
+        vlm, s = VLM(*tiny_llava(seed=3), "tiny"), replace(SMALL, steps=60, every=30, lr=1e-2, weight=weight)
+        return finetune(vlm, folders["pictures"], folders["benchmark"], random_ids(), None, s, progress=False)
+    learnt, control = run(20.), run(0.)
+    for key in ("id_loss", "lm_loss"): assert learnt[0][key] == control[0][key], "the same pictures and weights"
+    end = learnt[-1]["training"][1]
+    assert end < learnt[0]["id_loss"] - .03 and end < control[-1]["training"][1] - .03
     assert set(learnt[0]["accuracy"]) == {"left_right", "above_below", "all"} and len(learnt[0]["right"]) == 12
 
 
 def stored(folder, family="qwen2_vl"):
     model, processor = tiny(family)
-    model.save_pretrained(folder); processor.save_pretrained(folder)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
     return folder
 
 
@@ -282,7 +329,8 @@ ARGS = ["--last-k", "1", "--layer", "2", "--steps", "4", "--every", "2", "--held
 
 def test_qwen_through_the_command_line(tmp_path, folders, capsys):
     model = stored(tmp_path / "qwen")
-    args = [str(model), str(folders["pictures"]), str(folders["benchmark"]), "--ids", str(folders["ids"]), "--out", str(tmp_path / "out"), *ARGS]
+    data = [str(folders["pictures"]), str(folders["benchmark"]), "--ids", str(folders["ids"])]
+    args = [str(model), *data, "--out", str(tmp_path / "out"), *ARGS]
     assert ft.main(args) == 0
     said = capsys.readouterr().out.strip().splitlines()
     assert [line.split()[1] for line in said[-3:]] == ["0", "2", "4"]
@@ -291,26 +339,37 @@ def test_qwen_through_the_command_line(tmp_path, folders, capsys):
     assert again.run(Benchmark(folders["benchmark"])[0].query()).logits.isfinite().all()
     old, new = dict(VLM.load(str(model)).model.named_parameters()), dict(again.model.named_parameters())
     assert {k for k in old if not torch.equal(old[k], new[k])} == set(unfreeze(again, 1))
-    assert ft.main(args) == 0 and json.loads((tmp_path / "out/log.json").read_text()) == log, "a finished run is not repeated"
+    assert ft.main(args) == 0
+    assert json.loads((tmp_path / "out/log.json").read_text()) == log, "a finished run is not repeated"
     assert ft.main([*args, "--weight", "2"]) == 1 and "other settings, pictures or weights" in capsys.readouterr().err
 
 
 def test_bad_input_is_one_sentence(tmp_path, folders, capsys):
-    model, good = str(stored(tmp_path / "qwen")), [str(folders["pictures"]), str(folders["benchmark"]), "--ids", str(folders["ids"]), "--out", str(tmp_path / "out")]
+    model, out = str(stored(tmp_path / "qwen")), ["--out", str(tmp_path / "out")]
+    pictures, bench = str(folders["pictures"]), str(folders["benchmark"])
     random_ids(width=48).save(tmp_path / "wide.safetensors")
-    for args, words in (([str(tmp_path / "no"), *good[1:], *ARGS], "no folder"), ([*good, *ARGS, "--layer", "9"], "has 4 blocks, so --layer 9"), ([*good, *ARGS, "--ids", str(tmp_path / "wide.safetensors")], "are 48 wide, but qwen is 32 wide"),
-                        ([*good, *ARGS, "--ids", str(tmp_path / "none")], "extract first"), ([good[0], str(tmp_path), *good[2:], *ARGS], "holds no COCO-spatial"), ([*good, *ARGS, "--last-k", "7"], "uses 2 vision blocks")):
+    ids = ["--ids", str(folders["ids"]), *out, *ARGS]
+    bad = [([str(tmp_path / "no"), bench, *ids], "no folder"),
+           ([pictures, bench, *ids, "--layer", "9"], "has 4 blocks, so --layer 9"),
+           ([pictures, bench, *ids, "--ids", str(tmp_path / "wide.safetensors")], "are 48 wide, but qwen is 32 wide"),
+           ([pictures, bench, *ids, "--ids", str(tmp_path / "none")], "extract first"),
+           ([pictures, str(tmp_path), *ids], "holds no COCO-spatial"),
+           ([pictures, bench, *ids, "--last-k", "7"], "uses 2 vision blocks")]
+    for args, words in bad:
         assert ft.main([model, *args]) == 1
         said = capsys.readouterr().err.strip().splitlines()
-        assert words in said[-1] and said[-1].startswith("spatialid.finetune: ") and "Traceback" not in "".join(said), said
+        assert words in said[-1] and said[-1].startswith("spatialid.finetune: "), said
+        assert "Traceback" not in "".join(said), said
 
 
 def test_bfloat16_keeps_what_learns_in_float32(folders):
+    def run(vlm, s):
+        return finetune(vlm, folders["pictures"], folders["benchmark"], random_ids(), None, s, progress=False)
     vlm = VLM(*tiny_llava(dtype=torch.bfloat16), "tiny")
-    log = finetune(vlm, folders["pictures"], folders["benchmark"], random_ids(), None, replace(SMALL, precision="bf16"), progress=False)
-    learns = unfreeze(vlm, 1)
-    assert all(p.dtype == torch.float32 for p in learns.values()) and vlm.model.lm_head.weight.dtype == torch.bfloat16
-    wide = finetune(VLM(*tiny_llava(), "tiny"), folders["pictures"], folders["benchmark"], random_ids(), None, SMALL, progress=False)
+    log = run(vlm, replace(SMALL, precision="bf16"))
+    assert all(p.dtype == torch.float32 for p in unfreeze(vlm, 1).values())
+    assert vlm.model.lm_head.weight.dtype == torch.bfloat16
+    wide = run(VLM(*tiny_llava(), "tiny"), SMALL)
     assert abs(log[0]["lm_loss"] - wide[0]["lm_loss"]) < .1 and abs(log[0]["id_loss"] - wide[0]["id_loss"]) < .05
 
 
@@ -323,15 +382,17 @@ from test_finetune import SMALL, random_ids
 from tiny import tiny_llava
 from spatialid.finetune import finetune
 from spatialid.hooks import VLM
-finetune(VLM(*tiny_llava(), "tiny"), {pictures!r}, {benchmark!r}, random_ids(), {out!r}, replace(SMALL, steps=8, every=2, groups=2, lr=1e-2), progress=False)
+settings = replace(SMALL, steps=8, every=2, groups=2, lr=1e-2)
+finetune(VLM(*tiny_llava(), "tiny"), {pictures!r}, {benchmark!r}, random_ids(), {out!r}, settings, progress=False)
 """
 
 
 def start(out, folders, launcher=(), **env):
-    code = RUN.format(here=str(Path(__file__).parent), out=str(out), pictures=str(folders["pictures"]), benchmark=str(folders["benchmark"]))
-    script = Path(out).with_suffix(".py")
-    script.write_text(code)
-    return subprocess.Popen([*(launcher or [sys.executable]), str(script)], env=os.environ | env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    given = {name: str(folders[name]) for name in ("pictures", "benchmark")}
+    script, quiet = Path(out).with_suffix(".py"), subprocess.DEVNULL
+    script.write_text(RUN.format(here=str(Path(__file__).parent), out=str(out), **given))
+    command = [*(launcher or [sys.executable]), str(script)]
+    return subprocess.Popen(command, env=os.environ | env, stdout=quiet, stderr=quiet)
 
 
 def state(out): return json.loads((out / "log.json").read_text()), load_file(out / "checkpoint.safetensors")
@@ -341,17 +402,19 @@ def state(out): return json.loads((out / "log.json").read_text()), load_file(out
 def test_a_killed_run_goes_on_bit_identically_and_two_processes_are_one(tmp_path, folders):
     whole, cut, two = tmp_path / "whole", tmp_path / "cut", tmp_path / "two"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29571"]
-    p, first, shared = start(cut, folders), start(whole, folders), start(two, folders, torchrun, ACCELERATE_USE_CPU="true")
-    for _ in range(4000):
-        try: step = json.loads((cut / "log.json").read_text())[-1]["step"]
-        except FileNotFoundError: step = -1
-        if step >= 2: break
+    p, first = start(cut, folders), start(whole, folders)
+    shared = start(two, folders, torchrun, ACCELERATE_USE_CPU="true")
+    step = -1
+    while step < 2 and p.poll() is None:
         time.sleep(.01)
-    p.send_signal(signal.SIGKILL); p.wait()
+        if (cut / "log.json").is_file(): step = json.loads((cut / "log.json").read_text())[-1]["step"]
+    p.send_signal(signal.SIGKILL)
+    p.wait()
     assert 2 <= state(cut)[0][-1]["step"] < 8, "killed too late to test anything"
     assert first.wait(200) == 0 and start(cut, folders).wait(200) == 0
     (a_log, a), (b_log, b) = state(whole), state(cut)
-    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a) and any(k.startswith("exp_avg.") for k in a)
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    assert any(k.startswith("exp_avg.") for k in a)
     assert [e["right"] for e in a_log] == [e["right"] for e in b_log] and a_log[-1]["lm_loss"] == b_log[-1]["lm_loss"]
     assert shared.wait(300) == 0
     two_log, c = state(two)
@@ -369,27 +432,35 @@ def test_arms_start_from_the_same_weights_and_a_second_call_goes_on(tmp_path, fo
     model = stored(tmp_path / "llava", "llava")
     s = replace(SMALL, steps=2, every=2, lr=1e-2)
     arms = {"no loss": replace(s, weight=0.), "spatial loss": s, "again": s}
-    args = str(model), arms, 5, dict(pairs=grid_pairs(6), sizes=(224,), px=16, background="black"), folders["benchmark"], folders["ids"], tmp_path / "runs"
-    logs = ft.run_seed(*args)
+    world = dict(pairs=grid_pairs(6), sizes=(224,), px=16, background="black")
+    given = world, folders["benchmark"], folders["ids"], tmp_path / "runs"
+    logs = ft.run_seed(str(model), arms, 5, *given)
     assert logs["spatial loss"] == logs["again"] and logs["no loss"][0] == logs["spatial loss"][0] | {"training": None}
     assert logs["no loss"][-1]["id_loss"] != logs["spatial loss"][-1]["id_loss"]
     weights = tmp_path / "runs/spatial-loss/5/checkpoint.safetensors"
     written = weights.stat().st_mtime_ns
     pools, pool = [], ft.ProcessPoolExecutor
     monkeypatch.setattr(ft, "ProcessPoolExecutor", lambda *a: pools.append(a) or pool(*a))
-    assert ft.run_seeds([5], *args[:2], *args[3:], processes=2) == [logs] and weights.stat().st_mtime_ns == written, "a finished run is read, not repeated"
+    assert ft.run_seeds([5], str(model), arms, *given, processes=2) == [logs]
+    assert weights.stat().st_mtime_ns == written, "a finished run is read, not repeated"
     assert [ft.end_with_parent in a for a in pools] == [True], "killed, it leaves no process behind"
     found = ft.gathered([logs, logs], [5, 6])["spatial loss"]
-    assert found["seeds"] == [5, 6] and found["steps"] == [0, 2] and np.shape(found["all"]) == (2, 2) and len(found["right"][0]) == 12
+    assert found["seeds"] == [5, 6] and found["steps"] == [0, 2]
+    assert np.shape(found["all"]) == (2, 2) and len(found["right"][0]) == 12
     assert abs(ft.bits(found)[0].mean() - found["all"][0][-1]) < 1e-12
 
 
 def test_held_out_pairs(folders):
     rows = Benchmark(folders["benchmark"])
     names = sorted({n for r in rows for n in (r.subject, r.object)})
-    free = ft.unasked(rows, names)
-    asked = {(r.subject, r.object) for r in rows}
-    assert free and all((a, b) not in asked and (b, a) not in asked for a, b in free) and len(free) == len(names) * (len(names) - 1) - 2 * len({frozenset(p) for p in asked})
+    free = ft.unused_pairs(rows, names)
+    used = {(r.subject, r.object) for r in rows}
+    assert free and all((a, b) not in used and (b, a) not in used for a, b in free)
+    assert len(free) == len(names) * (len(names) - 1) - 2 * len({frozenset(p) for p in used})
+    drawn = ft.training_pairs([folders["benchmark"]] * 2, names, 5, seed=1)
+    assert len(drawn) == 5 and set(drawn) <= set(free) and drawn == sorted(drawn)
+    assert ft.training_pairs([folders["benchmark"]], names, 5, seed=2) != drawn
+    assert set(ft.training_pairs([folders["benchmark"]], names, 10**6, seed=1)) == set(free)
 
 
 def test_statistics():
@@ -406,4 +477,138 @@ def test_statistics():
     assert .88 <= covered / 200 <= 1, covered
     a, b = ({"right": r} for r in (["1110", "1111"], ["1100", "1101"]))
     d = ft.compared(a, b)
-    assert d["both"]["value"] == d["seeds"]["value"] == d["rows"]["value"] == .25 and ft.compared(a, b, np.array([True, True, False, False]))["both"]["value"] == 0
+    assert d["both"]["value"] == d["seeds"]["value"] == d["rows"]["value"] == .25
+    assert ft.compared(a, b, np.array([True, True, False, False]))["both"]["value"] == 0
+
+
+# --- what the notebook does with it
+
+def arm(final, steps=(0, 5, 10), **tables):
+    "An arm of two seeds and four questions, as `gathered`: the digits at the end, and tables (seed, measurement)."
+    rising = [[.5, .75, 1.], [.5, .5, .75]]
+    measured = {key: rising for key in ft.MEASURED} | tables
+    return {"seeds": [3, 4], "steps": list(steps), "right": final, **measured}
+
+
+KINDS = ["left_right", "left_right", "above_below", "above_below"]
+
+
+def logs():
+    falling = [[.9, .5, .3], [.9, .6, .5]]
+    return {"no loss": arm(["1100", "1100"]), "spatial loss": arm(["1110", "1101"], id_loss=falling),
+            "permuted places": arm(["0000", "1111"])}
+
+
+def test_differences_of_arms():
+    found = ft.differences_of(logs(), KINDS)
+    assert list(found) == ["loss – no loss", "loss – permuted places", "permuted places – no loss"], "that there are"
+    one = found["loss – no loss"]
+    assert {part: d["both"]["value"] for part, d in one.items()} == {"all": .25, "left_right": 0, "above_below": .5}
+    rows = ft.difference_rows(found)
+    assert rows["loss – no loss, above_below"]["over seeds"].startswith("+50.0 [")
+    text = ft.markdown_table(rows, "points").splitlines()
+    assert len(text) == 2 + 9 and text[0].startswith("| points | both | says |") and text[1] == "| - " * 6 + "|"
+
+
+def test_words_for_intervals():
+    assert ft.points(dict(value=.0123, low=-.004, high=.1)) == "+1.2 [-0.4, +10.0]"
+    ends = [(.1, .2), (-.2, -.1), (-.1, .1)]
+    assert [ft.direction(dict(low=a, high=b)) for a, b in ends] == ["more", "less", "not told from chance"]
+
+
+def test_differences_of_the_sweep():
+    swept = {"w = 3": {"seeds": [4], "right": ["1111"]}}
+    with pytest.raises(ValueError, match="at least two"): ft.swept_differences(logs(), swept, KINDS, "w = 1")
+    swept = {"w = 3": {"seeds": [4, 3], "right": ["1111", "1100"]}}
+    found = ft.swept_differences(logs(), swept, KINDS, "w = 1")
+    assert {name: one["all"]["both"]["value"] for name, one in found.items()} == {"w = 1": .25, "w = 3": .25}
+    assert ft.swept_differences(logs(), None, KINDS, "w = 1") == {}
+    fig = Figure()
+    ft.plot_sweep(fig, found, "tiny")
+    assert [text.get_text() for text in fig.axes[0].get_yticklabels()] == ["w = 1", "w = 3"]
+    assert "2 seeds" in fig.get_suptitle() and fig.axes[2].get_title() == "above/below"
+
+
+def test_readings_of_the_claims():
+    a, b = arm([], all=[[.5, .9, 1.], [.5, .5, .6]]), arm([], all=[[.5, .6, .9], [.5, .6, .7]])
+    assert ft.first_reached(a, .9).tolist() == [.5, 1.] and ft.first_reached(b, .9).tolist() == [1., 1.]
+    assert ft.speed_gain(a, b, "tiny")["value"] == .25
+    able = arm([], all=[[.95, 1, 1], [.9, 1, 1]])
+    assert ft.speed_gain(a, able, "tiny") == {"value": None, "low": None, "high": None, "n": 2,
+                                              "not_judged": "tiny answers 92.5% right before any training"}
+    falls = ft.id_loss_falls(logs())
+    assert abs(falls["spatial loss"]["value"] - .5) < 1e-12 and falls["no loss"]["value"] < 0
+    # without the loss: .5 at the end, .625 over the second half of the measurements; with it .75
+    without = arm(["1100", "1100"], all=[[.25, .75, .5], [.25, .75, .5]])
+    assert abs(ft.plateau_gain(logs()["spatial loss"], without)["value"] - .125) < 1e-12
+
+
+def test_tables_of_the_arms():
+    found = ft.mean_rows(logs())
+    assert len(found) == 3 * 5
+    assert found["no loss: accuracy"] == {"step 0": "0.500", "step 5": "0.625", "step 10": "0.875"}
+    ends = ft.end_rows(logs())
+    assert ends["spatial loss"]["ID loss"].startswith("0.400 [") and ends["no loss"]["accuracy"].startswith("0.875 [")
+    assert ft.run_label("tiny", logs(), "full run") == "tiny, full run: 2 seeds, 10 steps, 4 questions"
+
+
+def test_figures():
+    fig = Figure()
+    ft.plot_a10(fig, logs(), "tiny")
+    assert [ax.get_ylabel()[:7] for ax in fig.axes] == ["LM loss", "ID loss", "accurac", "accurac"]
+    lines = [bars.lines[0] for bars in fig.axes[1].containers]
+    assert np.allclose(lines[1].get_ydata(), [.9, .55, .4]) and len(lines) == 3
+    queries = [question(scenes()[i], "left_right") for i in range(15)]
+    group_fig = Figure()
+    ft.plot_group(group_fig, queries)
+    titles = [ax.get_title() for ax in group_fig.axes]
+    assert titles == [q.truth or "–" for q in queries] + [""] and "–" in titles
+
+
+def test_arms_of_search_sweep_and_short_run():
+    base = replace(SMALL, steps=100, every=25, layer=2)
+    rates = ft.rate_arms(base)
+    assert [s.lr for s in rates.values()] == list(ft.RATES)
+    assert {(s.weight, s.every) for s in rates.values()} == {(0, 100)}
+    swept = ft.swept_arms(base, [1, 2, 3, 4])
+    assert list(swept) == ["w = 0.3", "w = 3", "w = 10", "ℓ = 1", "ℓ = 4"]
+    assert swept["w = 3"].weight == 3 and swept["ℓ = 4"].layer == 4 and swept["ℓ = 4"].weight == base.weight
+    arms = {name: replace(base, **change) for name, change in ft.ARMS.items()}
+    short = ft.short_arms(arms)
+    assert list(short) == ["no loss", "spatial loss", "permuted places"] and short["permuted places"].permuted
+    assert {(s.steps, s.every, s.held) for s in short.values()} == {(16, 8, 4)}
+
+
+def test_losses_before_training(llava):
+    batches, ids = [group(llava)[0], group(llava, start=15)[0]], random_ids()
+    found = ft.id_losses(llava, ids, batches)
+    assert list(found) == ids.layers
+    wanted = [group_loss(llava, SpatialIDLoss(ids, 3, permuted=0), [batch])[1] for batch in batches]
+    assert abs(found[3]["permuted places"] - np.mean(wanted)) < 1e-9
+    assert found[3]["permuted places"] != found[3]["true places"]
+    assert ft.rounded({"a": .12345}) == {"a": "0.123"}
+
+
+def test_a_stored_full_run_is_of_these_weights(tmp_path, monkeypatch, llava):
+    monkeypatch.setenv("SPATIALID_RESULTS", str(tmp_path))
+    assert ft.stored_full_run(llava, "tiny") is None
+    def store(quick, weight_hash):
+        origin = {"params": {"quick": quick}, "weight_hash": weight_hash}
+        (tmp_path / "results/tiny").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "results/tiny/07_finetune.json").write_text(json.dumps({"provenance": origin, "found": 1}))
+        return ft.stored_full_run(llava, "tiny")
+    assert store(False, llava.weight_hash)["found"] == 1
+    assert store(True, llava.weight_hash) is None and store(False, "other") is None
+
+
+def test_a_benchmark_is_written_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("SPATIALID_RESULTS", str(tmp_path))
+    folder = ft.scene_benchmark("main", 4, 0, 32)
+    assert len(Benchmark(folder)) == 4 and folder.is_relative_to(tmp_path)
+    monkeypatch.setattr(ft, "write_benchmark", None)
+    assert ft.scene_benchmark("main", 4, 0, 32) == folder
+
+
+def test_a_log_as_text():
+    entry = {"step": 20, "lm_loss": .5, "id_loss": .25, "accuracy": {"left_right": .75, "all": 1.}}
+    assert ft.log_text([entry]) == "step     20  LM loss 0.500  ID loss 0.250  left_right 0.750  all 1.000"

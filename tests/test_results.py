@@ -14,7 +14,7 @@ from spatialid.stats import bootstrap, over_seeds, spanning, wilson
 from spatialid.steering import newcombe
 
 RESULTS = Path(__file__).parents[1]/"results"
-STALE = {"qwen25vl-tiny/08_temporal.json"}  # from an older interval: to be run again
+STALE = set()  # "model/NN_name.json" from an older interval: to be run again
 
 
 def contains(one):
