@@ -653,17 +653,17 @@ def test_a_linear_read_out_is_recovered_and_noise_is_not():
 
 @pytest.fixture(scope="module")
 def pushed():
-    "A random model, IDs of it, four questions, and what pushing their words changes."
+    "A random model, IDs of it, twelve questions, and what pushing their words changes."
     vlm = organism_of("llava", dict(patch=4))
     scenes = subsample(GridScenes(grid_pairs(2), sizes=(224,), px=32), 2)
     ids = extract(vlm, scenes, TEMPLATE, progress=False)
-    pairs = th.read_out_questions(4, px=32)
+    pairs = th.read_out_questions(12, px=32)
     return vlm, ids, pairs, th.push_everywhere(vlm, ids, pairs, 2, [1, 2])
 
 
 def test_questions_of_the_read_out_are_about_two_things(pushed):
     _, _, pairs, _ = pushed
-    assert len(pairs) == 4 and all(len(scene.things) == 2 for scene, _ in pairs)
+    assert len(pairs) == 12 and all(len(scene.things) == 2 for scene, _ in pairs)
     assert all(set(q.words.values()) == {t.name for t in scene.things} for scene, q in pairs)
     assert [q.text for _, q in th.read_out_questions(2, px=32)] == [q.text for _, q in pairs[:2]]
 
@@ -678,7 +678,7 @@ def test_places_are_those_of_the_words(pushed):
 def test_pushing_a_word_adds_the_id_step(pushed):
     vlm, ids, pairs, result = pushed
     steps = th.id_steps(ids, 2, result.places)
-    assert steps.shape == (4, 16, 32) and np.allclose(steps[:, 1] - steps[:, 0], ids.at(2)[0, 1] - ids.at(2)[0, 0])
+    assert steps.shape == (12, 16, 32) and np.allclose(steps[:, 1] - steps[:, 0], ids.at(2)[0, 1] - ids.at(2)[0, 0])
     swept = sweep(vlm, [pairs[2][1]], layers=[2], edits={"step": ("subject", add(steps[2, 7]))})
     difference = lambda v: float((v[..., 0] - v[..., 1]).squeeze())
     change = difference(swept.log_probs["step"]) - difference(swept.base_log_probs)
@@ -690,7 +690,7 @@ def test_both_words_go_to_opposite_cells(pushed):
     _, ids, _, result = pushed
     opposite = th.id_steps(ids, 2, result.places, "object")
     assert np.allclose(opposite[:, 0] - opposite[:, 15], ids.at(2)[3, 3] - ids.at(2)[0, 0])
-    assert result.both.shape == (4, 16) and largest(result.both - result.changes[2]) > 1e-6
+    assert result.both.shape == (12, 16) and largest(result.both - result.changes[2]) > 1e-6
 
 
 def test_the_control_has_the_steps_of_another_question_of_the_same_half():
@@ -719,16 +719,16 @@ def test_a_read_out_is_judged_on_the_other_half():
 
 def test_read_outs_and_their_figure(pushed):
     _, ids, _, result = pushed
-    judge = th.Judge(4, 20)
+    judge = th.Judge(12, 20)
     r2 = th.read_outs(ids, result, 2, judge)
-    assert len(r2) == 9 and all(of["n"] == 2 for of in r2.values())
+    assert len(r2) == 9 and all(of["n"] == 6 for of in r2.values())
     by_layer = th.read_outs_by_layer(ids, result, judge)
     assert list(by_layer) == [1, 2] and by_layer[2] == r2["all 15 directions"]
     assert th.every_direction(ids, 2).shape == (15, 32)
     fig = Figure()
     th.plot_read_out(fig, ids, result, 2, judge)
     assert f"R² {r2['all 15 directions']['value']:.2f}" in fig.axes[0].get_title()
-    assert len(fig.axes[2].collections[0].get_offsets()) == 4
+    assert len(fig.axes[2].collections[0].get_offsets()) == 12
 
 
 # --- why linear
