@@ -1073,6 +1073,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'spatialid.theory._blank': ('theory.html#_blank', 'spatialid/theory.py'),
                                   'spatialid.theory._block_parts': ('theory.html#_block_parts', 'spatialid/theory.py'),
                                   'spatialid.theory._check_kind': ('theory.html#_check_kind', 'spatialid/theory.py'),
+                                  'spatialid.theory._columns': ('theory.html#_columns', 'spatialid/theory.py'),
                                   'spatialid.theory._composed_once': ('theory.html#_composed_once', 'spatialid/theory.py'),
                                   'spatialid.theory._difference': ('theory.html#_difference', 'spatialid/theory.py'),
                                   'spatialid.theory._distance_to_mix': ('theory.html#_distance_to_mix', 'spatialid/theory.py'),

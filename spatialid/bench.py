@@ -27,6 +27,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib import metadata
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -253,7 +254,7 @@ class Work:
 
     def __post_init__(self):
         self.layers = list(range(1, self.vlm.n_layers + 1))
-        self.cells = [(name, layer) for name in self.edits for layer in self.layers]
+        self.cells = list(product(self.edits, self.layers))
         groups = {name: edit if isinstance(edit, str) else edit[0] for name, edit in self.edits.items()}
         rows = lambda group: torch.tensor(self.vlm.positions(self.base[0], group))
         self.groups = {name: rows(group) for name, group in groups.items()} # (P,) of each edit
@@ -350,7 +351,8 @@ def nnsight_traces(work:Work, cells:list):
     "(c) As (b), in nnsight: the clean run saved in one trace, then one trace per cell."
     import nnsight
     model, options = work.traced, {"use_cache": False, **work.vlm.keep_last}
-    blocks, base, kept = model.get(work.vlm.family.text).layers, work.inputs(work.base), {}
+    blocks, kept = model.get(work.vlm.family.text).layers, {}
+    base = work.inputs(work.base)
     with model.trace(base, **options):
         logits = model.output.logits[:, -1].save()
     if work.source:
@@ -453,7 +455,8 @@ def take_turns(work:Work, ways:list, rounds:int, n_cells:int|None=None)->tuple:
     """Run the ways alternately, each on `n_cells` cells (None: all; ours: always all).
 
     Gives {way: [seconds]} and {way: {cell: logits}}."""
-    cells, seconds, logits = spread(work.cells, n_cells), {name: [] for name in ways}, {}
+    cells, logits = spread(work.cells, n_cells), {}
+    seconds = {name: [] for name in ways}
     for name in ways: run_way(name, work, work.cells[:1])  # warm up
     for i in range(rounds):
         for name in ways[i % len(ways):] + ways[:i % len(ways)]:

@@ -359,7 +359,8 @@ def _plot_run(ax, points, reading, colour):
     line = sorted(points, key=lambda p: p.accuracy)
     ax.plot([p.reading(reading) for p in line], [p.accuracy for p in line], ":", color=colour, linewidth=1, zorder=1)
     for p in line:
-        x, y, accuracy = p.reading(reading), p.accuracy, p.numbers["accuracy"]
+        x, y = p.reading(reading), p.accuracy
+        accuracy = p.numbers["accuracy"]
         bar = dict(color=colour, alpha=0.35, linewidth=1)
         ax.plot([x, x], [accuracy["low"], accuracy["high"]], **bar)
         if reading != "strength": ax.plot([p.numbers[reading]["low"], p.numbers[reading]["high"]], [y, y], **bar)

@@ -25,7 +25,7 @@ import argparse
 import json
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from itertools import product
+from itertools import chain, product
 from math import isqrt
 from numbers import Number
 from pathlib import Path
@@ -132,7 +132,8 @@ def left_out(
 
     ValueError for an unknown kind."""
     _check_kind(kind)
-    n, lost, total = len(x), dict.fromkeys(ranks, 0.0), 0.0
+    n, total = len(x), 0.0
+    lost = dict.fromkeys(ranks, 0.0)
     for i in range(n):
         for r, mix in _mix_of_others(gram, x, i, ranks, kind, centre).items():
             lost[r] = lost[r] + _distance_to_mix(gram, i, mix)
@@ -157,8 +158,10 @@ def number_table(
     digits:int=2,
 )->str:
     "Numbers, or estimates with their intervals, as a table in Markdown. A cell that is not there stays empty."
-    columns = list(dict.fromkeys(name for row in rows.values() for name in row))
+    columns = _columns(rows)
     return markdown_table(["", *columns], [[name, *_formatted(row, columns, digits)] for name, row in rows.items()])
+
+def _columns(rows): return list(dict.fromkeys(chain.from_iterable(rows.values())))
 
 def _formatted(row, columns, digits):
     "The numbers of a row as texts."
@@ -595,9 +598,11 @@ def null_table(
     rows:dict, # {row: {column: {value, low, high, null_high}}}
 )->str:
     "Estimates, each beside the 95 % quantile of its null, as a table in Markdown."
-    columns = list(dict.fromkeys(name for row in rows.values() for name in row))
-    texts = {name: {column: with_null(v) for column, v in row.items()} for name, row in rows.items()}
-    return markdown_table(["", *columns], [[name, *map(row.get, columns)] for name, row in texts.items()])
+    columns, texts = _columns(rows), []
+    for name, row in rows.items():
+        cells = {column: with_null(v) for column, v in row.items()}
+        texts.append([name, *map(cells.get, columns)])
+    return markdown_table(["", *columns], texts)
 
 def with_null(estimate)->str:
     "An estimate and the 95 % quantile of its null, as text."
@@ -617,8 +622,8 @@ def components(
 
 def _patch_colours(h, w):
     "A colour for each patch: by column, darker downwards where there are enough of them."
-    if w <= 4: return [OKABE_ITO[x] for _ in range(h) for x in range(w)]
-    return [cell_colour(x, y, w) for y in np.linspace(0, w - 1, h) for x in range(w)]
+    if w <= 4: return list(OKABE_ITO[:w]) * h
+    return [cell_colour(x, y, w) for y, x in product(np.linspace(0, w - 1, h), range(w))]
 
 def _plot_patches(ax, at, colours):
     "A grid of patches (H, W, 2), neighbours joined, y downwards."
@@ -691,18 +696,20 @@ def table_2_by_layer(
     seed:int=0,
 )->dict: # {name: {form: {layer: {rank: {value, low, high, n, null_mean, null_high, p}}}}}
     "R² of PCR of ranks 2 and 3 at every layer."
-    by_layer = {name: {form: {} for form in LAYER_FORMS} for name in inputs}
+    by_layer = {}
     options = dict(n_draws=n_draws, n_null=n_draws, seed=seed, ranks=(2, 3))
     for name, (form, (fit, centring)), layer in product(inputs, LAYER_FORMS.items(), ids.layers):
         units, weights = ids.units(layer)
-        by_layer[name][form][layer] = explained(units, inputs[name], weights, fit, **options, **centring)
+        by_form = by_layer.setdefault(name, {}).setdefault(form, {})
+        by_form[layer] = explained(units, inputs[name], weights, fit, **options, **centring)
     return by_layer
 
 def rank_3_by_layer(
     by_layer:dict, # {form: {layer: {rank: estimate}}}, of one encoding
 )->dict: # {form: {"layer ℓ": estimate}}
     "Of the R² by layer those of rank 3."
-    return {form: {f"layer {l}": by_rank[3] for l, by_rank in layers.items()} for form, layers in by_layer.items()}
+    of_rank_3 = lambda layers: {f"layer {l}": by_rank[3] for l, by_rank in layers.items()}
+    return {form: of_rank_3(layers) for form, layers in by_layer.items()}
 
 # %% ../nbs/09_theory.ipynb #ae64b9fd
 def with_band(panel, x, estimates, colour, **kwargs):
@@ -844,7 +851,8 @@ def _output(out): return out[0] if isinstance(out, tuple) else out
 
 def _picks(block, rows): # [(module, name, function of (args, kwargs, out))]
     "What `written` keeps of a block, and of which of its modules."
-    reads, (behind, behind_mlp), (gate, mlp_gate) = attention_of(block), _norms_behind(block), _gates(block)
+    reads, (gate, mlp_gate) = attention_of(block), _gates(block)
+    behind, behind_mlp = _norms_behind(block)
     states = _given if hasattr(block, "self_attn") else lambda args, kwargs: kwargs["cross_attention_states"]
     return [(block, "received", lambda a, k, out: _given(a, k)[:, rows]),
             (reads.v_proj, "value", lambda a, k, out: out),
@@ -929,7 +937,8 @@ class BlockParts:
 
 def _block_parts(block, kept, after, sources): # sources (source, b, T) bool, after (b, d)
     "Split what a block writes by source and by head; `after` is what it hands on."
-    device, attended, mixed = after.device, kept["attention"][:, :, -1], kept["mixed"][:, -1]
+    device, attended = after.device, kept["attention"][:, :, -1]
+    mixed = kept["mixed"][:, -1]
     # scale of the norm behind attention, in this picture: 1 without one
     scale = torch.where(mixed == 0, torch.ones_like(mixed), kept["added"][:, -1] / mixed)[:, None]
     shares = [attended * mask[:, None].to(attended) for mask in sources]
@@ -1026,7 +1035,8 @@ class _Sums:
     def written(self, template, n_scenes)->Written:
         "What the sums come to."
         taken = {name: self.table(name, template) for name in SOURCES}
-        means = {b: [of for pair, of in self.means.items() if pair[1] == b] for b in self.index.objects}
+        of_object = lambda b: [means for pair, means in self.means.items() if pair[1] == b]
+        means = {b: of_object(b) for b in self.index.objects}
         return Written(taken, self.table("mlps", template), self.table("shares", template), self.attention / n_scenes,
                        list(self.basis / self.seen), means, self.error)
 
@@ -1069,7 +1079,7 @@ def _attended(block, pattern, value): # pattern (H, T), value (m², T, ·) -> (m
 
 def from_weights(vlm:VLM, parts:Written, m:int=4)->np.ndarray: # (L, m², d)
     "What Eq. 7 predicts for each cell after each block: weights, one mean attention per head, the positional basis."
-    at_word = [of.scales["behind"][:, :, -1] for means in parts.means.values() for of in means]
+    at_word = [means.scales["behind"][:, :, -1] for means in chain.from_iterable(parts.means.values())]
     predicted = []
     for block, basis, attended, scale in zip(vlm.blocks, parts.basis, parts.attention, _scale(*sum(at_word))):
         value = _positions(block, basis, m)
@@ -1349,7 +1359,8 @@ def places_of(pairs)->dict: # {"subject", "object"}: (B, 2)
     def place(scene, name):
         thing = next(t for t in scene.things if t.name == name)
         return 4 * thing.x - 0.5, 4 * thing.y - 0.5
-    return {word: np.array([place(scene, q.words[word]) for scene, q in pairs]) for word in ("subject", "object")}
+    places = lambda word: np.array([place(scene, query.words[word]) for scene, query in pairs])
+    return {word: places(word) for word in ("subject", "object")}
 
 def middle_layers(n_layers:int, best:int)->list:
     "The chosen layer and at most six of the middle third, in order."
@@ -1452,9 +1463,9 @@ def read_outs(
     seed:int=0, # of the control
 )->dict: # {what is read: {value, low, high, n}}
     "R², held out, of linear read-outs of ID steps (Eq. 8), of their control, and of the answer without a push."
-    steps, changes, r2 = id_steps(ids, layer, pushed.places), pushed.changes[layer], {}
+    steps, changes = id_steps(ids, layer, pushed.places), pushed.changes[layer]
     bases = {"h and v": orthonormal(ids.axes(layer)), "all 15 directions": every_direction(ids, layer)}
-    others = of_other_questions(steps, seed)
+    others, r2 = of_other_questions(steps, seed), {}
     for name, basis in bases.items():
         predicted = read_out(steps, changes, basis, judge.train)[0]
         # how much a question answers at all
@@ -1606,7 +1617,8 @@ def stored_runs()->dict: # {arm: runs}
     "The runs that `why` has stored, by arm; none where it never ran."
     path = results_dir("models") / "09_why_linear.json"
     runs = json.loads(path.read_text())["runs"] if path.is_file() else []
-    return {arm: [r for r in runs if r["arm"] == arm] for arm in WHY}
+    of_arm = lambda arm: [run for run in runs if run["arm"] == arm]
+    return {arm: of_arm(arm) for arm in WHY}
 
 def supervision_effects(
     arms:dict, # of `stored_runs`
@@ -1614,7 +1626,8 @@ def supervision_effects(
     """R² of each arm, mean over seeds with Student's interval, and what the first arm has more than another.
 
     Of an arm with a single seed there is nothing."""
-    r2 = {arm: {r["seed"]: r["ids"][WHERE]["r2"]["value"] for r in runs} for arm, runs in arms.items()}
+    by_seed = lambda runs: {run["seed"]: run["ids"][WHERE]["r2"]["value"] for run in runs}
+    r2 = {arm: by_seed(runs) for arm, runs in arms.items()}
     effects = {arm: over_seeds(list(of.values())) for arm, of in r2.items() if len(of) > 1}
     first, *others = arms
     for other in others:
