@@ -1,25 +1,50 @@
-"Theory: regressions are their formulas, the planted model is exactly Eq. 6-8, parts add up, encodings are those of the modules of every family."
+"""Theory: regressions are their formulas, the planted model is exactly Eq. 6-8, parts add up.
+
+Encodings are those of the modules of every family."""
+import json
+from dataclasses import replace
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 
 from spatialid import theory as th
-from spatialid.scenes import GridScene, GridScenes, grid_pairs
-from spatialid.extraction import extract, subsample
-from spatialid.families import FAMILIES
-from spatialid.hooks import VLM
-from spatialid.query import Query
-from spatialid.organisms import Recipe, build
-from spatialid.edits import add
-from spatialid.sweeps import in_float64, sweep
+from spatialid.data import GridScenes, grid_pairs
+from spatialid.extraction import extract, grid_statistics, subsample
+from spatialid.hooks import FAMILIES, VLM, Query
+from spatialid.organisms import CELLS as CELL_WORDS
+from spatialid.organisms import Recipe, Stage, Steps, build
+from spatialid.sweeps import add, in_float64, sweep
 from tiny import tiny, tiny_llava
 
 XY = np.stack(np.meshgrid(np.arange(4) - 1.5, np.arange(4) - 1.5), -1)
 CELLS = [(x, y) for y in range(4) for x in range(4)]
+TEMPLATE = "Is the {subject} to the left or right of the {object}?"
 
 
 def random(*size, seed=0): return np.random.default_rng(seed).normal(size=size)
+
+
+def small_scenes(): return subsample(GridScenes(grid_pairs(2), sizes=(224,), px=16), 2)
+
+
+def largest(array): return np.abs(array).max()
+
+
+# --- tables
+
+def test_a_table_has_a_line_for_each_row():
+    assert th.markdown_table(["a", "b"], [[1, "x"], [2, "y"]]) == "| a | b |\n| --- | --- |\n| 1 | x |\n| 2 | y |"
+
+
+def test_numbers_and_estimates_share_a_table():
+    estimate = {"value": 0.5, "low": 0.25, "high": 0.75, "n": 3}
+    lines = th.number_table({"first": {"a": 1, "b": estimate}, "second": {"b": np.float64(2)}}, 1).splitlines()
+    assert lines[0] == "|  | a | b |" and lines[2:] == ["| first | 1.0 | 0.5 [0.2, 0.8] |", "| second |  | 2.0 |"]
+    assert "0.50 [0.25, 0.75]; null 0.10" in th.null_table({"first": {"a": {**estimate, "null_high": 0.1}}})
 
 
 # --- regression
@@ -65,13 +90,16 @@ def test_regressions_take_stacks_and_refuse_other_kinds():
     x, y = random(16, 6), random(3, 16, 9, seed=1)
     gram = y @ y.swapaxes(1, 2)
     for fit in (th.low_rank, th.left_out):
-        for kind in ("pcr", "rrr"): assert np.allclose(fit(gram, x, (2,), kind)[2], [fit(one, x, (2,), kind)[2] for one in gram])
+        for kind in ("pcr", "rrr"):
+            one_by_one = [fit(single, x, (2,), kind)[2] for single in gram]
+            assert np.allclose(fit(gram, x, (2,), kind)[2], one_by_one)
         with pytest.raises(ValueError, match="pcr and rrr"): fit(gram, x, kind="ridge")
 
 
 def test_wide_encodings_make_reduced_rank_regression_empty():
     y = random(16, 9)
-    assert abs(th.low_rank(y @ y.T, random(16, 40, seed=1), (3,), "rrr")[3] - th.low_rank(y @ y.T, random(16, 40, seed=2), (3,), "rrr")[3]) < 1e-9
+    first, second = (th.low_rank(y @ y.T, random(16, 40, seed=seed), (3,), "rrr")[3] for seed in (1, 2))
+    assert abs(first - second) < 1e-9
 
 
 def test_a_constant_moves_the_jump_to_rank_3():
@@ -84,11 +112,97 @@ def test_a_constant_moves_the_jump_to_rank_3():
 def test_null_and_intervals():
     x = XY.reshape(16, 2)
     units = x @ random(2, 8) + 0.1 * random(6, 16, 8, seed=1)
-    found = th.explained(units, x, np.ones(6), n_draws=200, n_null=200, ranks=(1, 2))
-    assert found[2]["low"] <= found[2]["value"] <= found[2]["high"] and found[2]["n"] == 6 and found[2]["p"] < 0.01
-    assert found[2]["null_mean"] < 0.3 < 0.9 < found[2]["value"]
-    random_ids = th.explained(random(6, 16, 8, seed=3), x, np.ones(6), th.left_out, n_draws=50, n_null=200, ranks=(2,))[2]
-    assert random_ids["p"] > 0.01
+    r2 = th.explained(units, x, np.ones(6), n_draws=200, n_null=200, ranks=(1, 2))[2]
+    assert r2["low"] <= r2["value"] <= r2["high"] and r2["n"] == 6 and r2["p"] < 0.01
+    assert r2["null_mean"] < 0.3 < 0.9 < r2["value"]
+    random_ids = random(6, 16, 8, seed=3)
+    assert th.explained(random_ids, x, np.ones(6), th.left_out, n_draws=50, n_null=200, ranks=(2,))[2]["p"] > 0.01
+
+
+def test_the_null_counts_what_is_as_large():
+    null = th.null_statistics(0.5, np.array([0.1, 0.2, 0.3, 0.5]))
+    assert null["p"] == 2 / 5 and null["null_mean"] == pytest.approx(0.275) and 0.3 < null["null_high"] < 0.5
+
+
+def test_cells_are_permuted_as_rows_and_columns_alike():
+    y = random(16, 5)
+    once = th.permuted_cells(y @ y.T, 3)
+    assert once.shape == (3, 16, 16) and not np.allclose(once[0], once[1])
+    assert np.allclose(np.sort(np.diagonal(once, axis1=1, axis2=2)), np.sort((y**2).sum(1)))
+    again, other = (th.permuted_cells(y @ y.T, 3, seed) for seed in (0, 1))
+    assert np.array_equal(once, again) and not np.array_equal(once, other)
+
+
+# --- Table 2
+
+@pytest.fixture(scope="module")
+def fitted():
+    "IDs of six objects that are column and row, encodings of them and of nothing, and the table of these."
+    units = XY.reshape(16, 2) @ random(2, 8) + 0.1 * random(6, 16, 8, seed=1)
+    with_constant = np.column_stack([XY.reshape(16, 2) * [1, 0.99], np.full(16, 20.0)])
+    inputs = {"linear": with_constant, "Eq. 19, one-dimensional": th.rotary_index(16)}
+    return units, inputs, th.table_2(units, np.ones(6), inputs, n_draws=20)
+
+
+def test_table_2_has_every_form_and_rank(fitted):
+    units, inputs, table = fitted
+    assert list(table) == list(inputs) and all(list(by_form) == list(th.FORMS) for by_form in table.values())
+    centred = table["linear"]["PCR, centred"]
+    assert list(centred["in sample"]) == [1, 2, 3, 4, 5] and centred["in sample"][2]["value"] > 0.9
+    direct = th.explained(units, inputs["linear"], np.ones(6), th.left_out, n_draws=20, n_null=20)
+    assert centred["left out"] == direct
+    lines = th.table_2_text(table).splitlines()
+    assert len(lines) == 2 + 2 * 4 * 2 + 3 and "LLaVA1.5-7B" in lines[-3] and "*0.458*" in lines[-3]
+
+
+def test_the_jump_of_a_constant_is_in_the_printed_form_alone(fitted):
+    jumps, shares = th.rank_jumps(fitted[2])["linear"], th.constant_shares(fitted[1])
+    assert jumps["PCR, as printed"] > 0.3 > 0.05 > jumps["PCR, centred"]
+    assert shares["linear"][0] == 1 and sum(shares["linear"]) == pytest.approx(1, abs=1e-3)
+
+
+def test_geometry_needs_no_radius_for_a_line(fitted):
+    r2 = th.geometry_r2(fitted[0], np.ones(6), n_draws=20, n_null=20)
+    assert list(r2) == ["x, y", "x, y, radius", "x, y, xy, x², y²"]
+    values = [of["in sample"]["value"] for of in r2.values()]
+    assert values == sorted(values) and values[0] > 0.9 and values[2] - values[0] < 0.05
+
+
+def test_claims_of_table_2_are_those_of_the_family(fitted):
+    linear, index = fitted[2].values()
+    table = {"learned, vision tower": linear, "Eq. 19, one-dimensional": index}
+    claims = th.table_2_claims(table, False, 6)
+    r2 = table["learned, vision tower"]["PCR, as printed"]["in sample"]
+    assert claims["table2_rank2"]["value"] == r2[2]["value"] and claims["rank3"]["value"] == r2[3]["value"]
+    assert set(claims["rank3"]) == {"value", "low", "high", "n"}
+    assert claims["table2_cross_rank2"]["not_judged"] and "rotary" in claims["table2_rotary_rank3"]["not_judged"]
+    assert th.table_2_claims(table, True, 6)["table2_cross_rank3"]["value"] == r2[3]["value"]
+    rotary = th.table_2_claims({"Eq. 19, one-dimensional": index}, False, 6)
+    assert rotary["table2_rotary_rank2"]["value"] > 0 and rotary["table2_rank2"]["not_judged"] == th.NO_TABLE
+
+
+def test_a_model_at_chance_has_no_read_out_to_judge():
+    readout = {"all 15 directions": {"value": 0.9, "low": 0.8, "high": 1.0, "n": 60}}
+    assert th.read_out_claim(readout, 0.9, 12) == readout["all 15 directions"]
+    assert "50%" in th.read_out_claim(readout, 0.5, 12)["not_judged"]
+    assert th.encoding_claim({"rotary, vision tower": {}}, 12) == th.not_judged(th.NO_TABLE, 12)
+
+
+def test_verdicts_are_those_of_the_register():
+    number, nothing = {"value": 0.9, "low": 0.88, "high": 0.95, "n": 12}, th.not_judged("no reason", 12)
+    keys = [f"table2{kind}_rank{r}" for kind in ("", "_rotary", "_cross") for r in (2, 3)]
+    text = th.verdicts({**dict.fromkeys(keys, nothing), "rank3": number, "encoding_linear": number, "readout": number})
+    assert "| eq7.rank3 | 0.90 [0.88, 0.95], n = 12: holds |" in text and text.count("not judged: no reason") == 6
+
+
+def test_the_layer_of_other_weights_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("SPATIALID_RESULTS", str(tmp_path))
+    layer = {"best": 4, "chosen_on": ["cup"], "reported_on": ["sun"]}
+    (tmp_path / "results" / "llava-tiny").mkdir(parents=True)
+    stored = {"provenance": {"weight_hash": "abc"}, "layer": layer}
+    (tmp_path / "results" / "llava-tiny" / "03_extraction.json").write_text(json.dumps(stored))
+    assert th.chosen_layer("llava-tiny", "abc") == (4, {"cup", "sun"})
+    with pytest.raises(ValueError, match="other weights: run notebook 03 again"): th.chosen_layer("llava-tiny", "abd")
 
 
 # --- pooling and encodings
@@ -103,29 +217,39 @@ def test_pooling_is_the_mean_of_a_cell():
 
 def test_rotary_index_is_eq_19():
     x = th.rotary_index(16, 8)
-    assert x.shape == (16, 8) and np.allclose(x[3], [f(3 * 10000 ** (-2 * i / 8)) for i in range(4) for f in (np.cos, np.sin)])
+    angles = 3 * 10000.0 ** (-2 * np.arange(4) / 8)
+    assert x.shape == (16, 8) and np.allclose(x[3, ::2], np.cos(angles)) and np.allclose(x[3, 1::2], np.sin(angles))
 
 
-SIDES = {"llava": {"learned, vision tower": 4}, "qwen2_vl": {"rotary, vision tower": 6, "rotary, language model": 3}, "qwen2_5_vl": {"rotary, vision tower": 6, "rotary, language model": 3},
-         "qwen3_vl": {"learned, vision tower": 6, "rotary, vision tower": 6, "rotary, language model": 3}, "video_llama_3": {"rotary, vision tower": 6}}
+BOTH_ROTARY = {"rotary, vision tower": 6, "rotary, language model": 3}
+SIDES = {"llava": {"learned, vision tower": 4}, "qwen2_vl": BOTH_ROTARY, "qwen2_5_vl": BOTH_ROTARY,
+         "qwen3_vl": {"learned, vision tower": 6, **BOTH_ROTARY}, "video_llama_3": {"rotary, vision tower": 6}}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_encodings_of_every_family(family):
     vlm = VLM(*tiny(family), "tiny")
     state = {k: v.clone() for k, v in vlm.model.state_dict().items()}
-    found = th.encodings(vlm, 24)
-    wanted = SIDES.get(family, {"learned, vision tower": 4})
-    assert {name: one.shape[:2] for name, one in found.items()} == {name: (n, n) for name, n in wanted.items()}
-    assert all(np.isfinite(one).all() for one in found.values()) and all(torch.equal(v, state[k]) for k, v in vlm.model.state_dict().items())
-    for name, one in found.items():
-        if not name.startswith("rotary"): continue
-        across, down = np.abs(np.diff(one, axis=1)).max((0, 1)), np.abs(np.diff(one, axis=0)).max((0, 1))
-        assert across.max() > 1e-4 and down.max() > 1e-4 and not (across > 1e-9)[down > 1e-9].any() # each feature turns with row or column
-        assert np.allclose(one[:, :1] * (down > 1e-9), one * (down > 1e-9)) and np.allclose(one[:1] * (across > 1e-9), one * (across > 1e-9))
+    grids = th.encodings(vlm, 24)
+    sides = SIDES.get(family, {"learned, vision tower": 4})
+    assert {name: grid.shape[:2] for name, grid in grids.items()} == {name: (n, n) for name, n in sides.items()}
+    assert all(np.isfinite(grid).all() for grid in grids.values())
+    assert all(torch.equal(v, state[k]) for k, v in vlm.model.state_dict().items())
+    for name, grid in grids.items():
+        if name.startswith("rotary"): assert_turns_with_row_or_column(grid)
     if family in ("llava", "gemma3", "internvl"):
-        table = next(v for k, v in vlm.model.state_dict().items() if "position_embedding" in k).reshape(-1, one.shape[-1])
-        assert np.array_equal(one.reshape(16, -1), table[-16:].double().numpy())
+        table = next(v for k, v in vlm.model.state_dict().items() if "position_embedding" in k)
+        table = table.reshape(-1, grid.shape[-1])[-16:].double().numpy()
+        assert np.array_equal(grid.reshape(16, -1), table)
+
+
+def assert_turns_with_row_or_column(grid):
+    "Each feature of a rotary encoding (H, W, d) turns with the row or with the column, not with both."
+    with_column, with_row = (np.abs(np.diff(grid, axis=axis)).max((0, 1)) > 1e-9 for axis in (1, 0))
+    assert largest(np.diff(grid, axis=1)) > 1e-4 and largest(np.diff(grid, axis=0)) > 1e-4
+    assert not with_column[with_row].any()
+    assert np.allclose(grid[:, :1] * with_row, grid * with_row)
+    assert np.allclose(grid[:1] * with_column, grid * with_column)
 
 
 def test_gated_table_is_what_the_module_adds():
@@ -133,8 +257,9 @@ def test_gated_table_is_what_the_module_adds():
     module = vlm.model.model.vision_model.gated_positional_embedding
     gate = float(torch.tanh(module.gate.detach()))
     tile = module.tile_embedding.weight[1].view(module.max_num_tiles, 17, -1)[0]
-    wanted = ((1 - gate) * module.embedding + gate * tile).detach()[1:]
-    assert abs(gate) > 0.01 and np.allclose(th.encodings(vlm, 16)["learned, vision tower"].reshape(16, -1), wanted.numpy(), atol=1e-6)
+    added = ((1 - gate) * module.embedding + gate * tile).detach()[1:]
+    table = th.encodings(vlm, 16)["learned, vision tower"].reshape(16, -1)
+    assert abs(gate) > 0.01 and np.allclose(table, added.numpy(), atol=1e-6)
 
 
 def test_no_known_encoding_names_what_was_tried():
@@ -142,11 +267,12 @@ def test_no_known_encoding_names_what_was_tried():
     embeddings = vlm.model.model.vision_tower.embeddings
     embeddings.places = embeddings.position_embedding
     del embeddings.position_embedding
-    with pytest.raises(ValueError, match="position_embedding, position_embeddings, pos_embed.*LEARNED"): th.encodings(vlm, 16)
+    tried = "position_embedding, position_embeddings, pos_embed.*LEARNED"
+    with pytest.raises(ValueError, match=tried): th.encodings(vlm, 16)
 
 
 def test_a_table_is_square():
-    assert th.square(torch.zeros(1, 10, 2), "a").shape == (3, 3, 2) and th.square(torch.zeros(9, 2), "a").shape == (3, 3, 2)
+    for size in ((1, 10, 2), (9, 2)): assert th.square(torch.zeros(*size), "a").shape == (3, 3, 2)
     with pytest.raises(ValueError, match="7 rows"): th.square(torch.zeros(8, 2), "a")
 
 
@@ -154,7 +280,16 @@ def test_linear_share_of_an_encoding():
     line = th.linear_encoding(np.stack(np.meshgrid(np.arange(6.0), np.arange(6.0)), -1) @ random(2, 20), n_draws=100)
     noise = th.linear_encoding(random(6, 6, 20), n_draws=100)
     assert line["all"]["value"] > 1 - 1e-9 and line["three"]["p"] < 0.05 and line["all"]["n"] == 20
-    assert noise["all"]["value"] < 0.2 and noise["all"]["p"] > 0.01 and noise["all"]["low"] <= noise["all"]["value"] <= noise["all"]["high"]
+    assert noise["all"]["value"] < 0.2 and noise["all"]["p"] > 0.01
+    assert noise["all"]["low"] <= noise["all"]["value"] <= noise["all"]["high"]
+
+
+def test_components_of_a_linear_encoding_are_its_axes():
+    x, y = np.meshgrid(np.arange(6.0), np.arange(5.0))
+    encoding = np.stack([x, np.zeros_like(x), 3 * y], -1)
+    on_axes, on_components, share = th.components(encoding)
+    assert np.allclose(on_axes, np.stack([x - 2.5, 3 * (y - 2)], -1))
+    assert np.allclose(np.abs(on_components[..., 0]), 3 * np.abs(y - 2)) and share[:2].sum() == pytest.approx(1)
 
 
 # --- the planted model
@@ -168,20 +303,28 @@ def planted():
     return one, tiles, extract(one.vlm, tiles, th.PLANTED, progress=False), scenes
 
 
-def every_cell(tiles): return [GridScene(a, b, at, cell, 224, 0, tiles) for a, b in tiles.pairs for at in ((0, 0), (2, 1)) for cell in CELLS]
+def every_cell(tiles): return tiles.everywhere([(0, 0), (2, 1)])
+
+
+def test_every_cell_is_everywhere(planted):
+    _, tiles, _, _ = planted
+    scenes = every_cell(tiles)
+    assert len(scenes) == 3 * 2 * 16 and {s.b_cell for s in scenes} == set(CELLS)
+    assert {s.a_cell for s in scenes} == {(0, 0), (2, 1)} and [(s.a, s.b) for s in scenes[::32]] == tiles.pairs
 
 
 def test_extraction_finds_what_was_planted(planted):
     one, tiles, ids, _ = planted
-    assert np.abs(ids.at(1) - one.ids * 224 / 225).max() < 1e-10 * np.abs(one.ids).max() # 15 of 16 cells in each mean
-    assert np.abs(extract(one.vlm, every_cell(tiles), th.PLANTED, progress=False).at(1) - one.ids).max() < 1e-10
+    assert largest(ids.at(1) - one.ids * 224 / 225) < 1e-10 * largest(one.ids) # 15 of 16 cells in each mean
+    assert largest(extract(one.vlm, every_cell(tiles), th.PLANTED, progress=False).at(1) - one.ids) < 1e-10
 
 
 def test_extraction_finds_it_in_float32_too(planted):
     one, tiles, _, _ = planted
     single = VLM(th.plant(one.psi, n_things=3).vlm.model.float(), one.vlm.processor, "single")
-    for norm in [m for m in single.model.modules() if type(m).__name__.endswith("RMSNorm")]: del norm.forward # the class's own, in float32
-    assert np.abs(extract(single, every_cell(tiles), th.PLANTED, progress=False).at(1) - one.ids).max() < 1e-5
+    for module in single.model.modules():
+        if type(module).__name__.endswith("RMSNorm"): del module.forward # that of the class, in float32
+    assert largest(extract(single, every_cell(tiles), th.PLANTED, progress=False).at(1) - one.ids) < 1e-5
 
 
 def test_r2_is_1_at_the_planted_rank_and_not_below(planted):
@@ -189,38 +332,70 @@ def test_r2_is_1_at_the_planted_rank_and_not_below(planted):
     y, x = ids.at(1).reshape(16, -1), th.pooled(th.encodings(one.vlm, 32)["learned, vision tower"])
     for kind in ("pcr", "rrr"):
         for fit in (th.low_rank, th.left_out):
-            found = fit(y @ y.T, x, (2, 3), kind)
-            assert found[3] > 1 - 1e-8 and found[2] < 0.9, (kind, fit.__name__)
+            r2 = fit(y @ y.T, x, (2, 3), kind)
+            assert r2[3] > 1 - 1e-8 and r2[2] < 0.9, (kind, fit.__name__)
+    r2 = th.planted_r2({"planted": (one, ids)})
+    assert list(r2) == [f"planted: {form}" for form in list(th.FORMS)[:3]]
+    assert all(by_rank[3] > 1 - 1e-9 and by_rank[2] < 0.9 for by_rank in r2.values())
 
 
 def test_steering_changes_the_answer_by_eq_8(planted):
     one, tiles, ids, _ = planted
     scene = next(s for s in tiles if s.b_cell == (1, 2))
-    query, own = scene.query(th.PLANTED), one.ids[2, 1]
-    pushes = {f"{a} {x} {y}": a * (ids.at(1)[y, x] - ids.at(1)[2, 1]) for a in (1, -3) for x, y in CELLS} | {f"full {x} {y}": one.ids[y, x] - own for x, y in CELLS}
-    s = sweep(one.vlm, [query], edits={name: ("subject", add(push)) for name, push in pushes.items()})
+    for pushes in (ids.at(1) - ids.at(1)[2, 1], -3 * (ids.at(1) - ids.at(1)[2, 1]), one.ids - one.ids[2, 1]):
+        pushes = pushes.reshape(16, -1)
+        assert largest(th.logit_change(one, scene, pushes) - pushes @ one.read) < 1e-9
+    in_corner = replace(scene, a_cell=(3, 3), b_cell=(0, 0), index=0)
+    assert one.vlm.run(in_corner.query(th.PLANTED)).beliefs == ["left"]
+
+
+def test_a_step_of_eq_7_is_the_picture_with_the_object_there(planted):
+    one, tiles, ids, _ = planted
+    scene = next(s for s in tiles if s.b_cell == (1, 2))
+    check = th.eq8_check(one, ids, scene, (1, 3))
+    moved = [replace(scene, b_cell=cell, index=0).query(th.PLANTED) for cell in CELLS]
+    answers = one.vlm.run(moved).logit_diff.numpy()
+    assert np.ptp(answers) > 1 and np.allclose(check["picture"], answers - answers[CELLS.index((1, 2))])
+    assert largest(check["picture"] - check["step"]) < 1e-9 and largest(check["predicted"] - check["measured"]) < 1e-9
+    assert check["predicted"].shape == (32,) and np.allclose(check["predicted"][16:], 3 * check["predicted"][:16])
+
+
+def test_a_push_adds_to_the_subject_alone(planted):
+    one, tiles, _, _ = planted
+    scene, push = tiles[20], random(64)
+    swept = sweep(one.vlm, [scene.query(th.PLANTED)], edits={"push": ("subject", add(push))})
     difference = lambda v: float((v[..., 0] - v[..., 1]).squeeze())
-    for name, push in pushes.items(): assert abs(difference(s.log_probs[name]) - difference(s.base_log_probs) - push @ one.read) < 1e-9
-    there = one.vlm.run([GridScene(scene.a, scene.b, scene.a_cell, cell, 224, 0, tiles).query(th.PLANTED) for cell in CELLS]).logit_diff
-    for (x, y), real in zip(CELLS, there): assert abs(difference(s.log_probs[f"full {x} {y}"]) - float(real)) < 1e-9
-    assert np.ptp(there.numpy()) > 1 and one.vlm.run(GridScene(scene.a, scene.b, (3, 3), (0, 0), 224, 0, tiles).query(th.PLANTED)).beliefs == ["left"]
+    change = difference(swept.log_probs["push"]) - difference(swept.base_log_probs)
+    assert th.logit_change(one, scene, push[None])[0] == pytest.approx(change)
 
 
 def test_weights_predict_the_planted_ids(planted):
     one, tiles, ids, scenes = planted
     parts = th.decompose(one.vlm, scenes, ids.at(1), th.PLANTED)
-    centred = lambda v: v - v.mean(0)
-    for predicted in (th.from_weights(one.vlm, parts)[0], th.composed(one.vlm, parts, one.names[0])[0]): assert np.abs(centred(predicted) - one.ids.reshape(16, -1)).max() < 1e-10
-    assert parts.error < 1e-12 and np.abs(parts.attention - 1).max() < 1e-12 and not parts.mlps.at(1).any()
-    assert all(np.abs(table.at(1)).max() < 1e-10 for name, table in parts.taken.items() if name != "own patches")
-    found = th.compared(th.from_weights(one.vlm, parts)[0] * 224 / 225, ids.units(1)[0], ids.weights, 100)
-    assert found["cosine"]["value"] > 1 - 1e-9 and found["share"]["value"] > 1 - 1e-9 and found["share"]["p"] < 0.05
+    eq_7 = th.from_weights(one.vlm, parts)[0]
+    for predicted in (eq_7, th.composed(one.vlm, parts, one.names[0])[0]):
+        assert largest(th.centred(predicted) - one.ids.reshape(16, -1)) < 1e-10
+    assert parts.error < 1e-12 and largest(parts.attention - 1) < 1e-12 and not parts.mlps.at(1).any()
+    assert all(largest(table.at(1)) < 1e-10 for name, table in parts.taken.items() if name != "own patches")
+    agrees = th.compared(eq_7 * 224 / 225, ids.units(1)[0], ids.weights, 100)
+    assert agrees["cosine"]["value"] > 1 - 1e-9 and agrees["share"]["value"] > 1 - 1e-9 and agrees["share"]["p"] < 0.05
+
+
+def test_errors_of_the_planted_parts_are_those_of_rounding(planted):
+    one, tiles, ids, _ = planted
+    parts = th.decompose(one.vlm, tiles, ids.at(1), th.PLANTED)
+    errors = th.planted_parts_errors(one, parts, ids)
+    assert list(errors) == ["Eq. 7 from the weights", "composed", "own patches", "MLP", "sum"]
+    assert max(errors.values()) < 1e-9
+    parts.basis = [2 * basis for basis in parts.basis]
+    assert th.planted_parts_errors(one, parts, ids)["Eq. 7 from the weights"] > 0.1
 
 
 def test_the_planted_constant_is_in_the_table_and_not_in_the_ids():
     one = th.plant(XY * [1, 0.99], constant=9.0, n_things=2)
-    ids, x = extract(one.vlm, th.TileScenes(one.names), th.PLANTED, progress=False), th.pooled(th.encodings(one.vlm, 32)["learned, vision tower"])
-    assert np.abs(ids.at(1) - one.ids * 224 / 225).max() < 1e-10
+    ids = extract(one.vlm, th.TileScenes(one.names), th.PLANTED, progress=False)
+    x = th.pooled(th.encodings(one.vlm, 32)["learned, vision tower"])
+    assert largest(ids.at(1) - one.ids * 224 / 225) < 1e-10
     y = ids.at(1).reshape(16, -1)
     printed, centred = (th.low_rank(y @ y.T, x, (2, 3), centre=centre) for centre in (False, True))
     assert printed[2] < 0.9 and printed[3] > 1 - 1e-9 and centred[2] > 1 - 1e-9
@@ -239,7 +414,9 @@ BARE = ("{% for message in messages %}{% for part in message['content'] %}{% if 
 
 def organism_of(family, kwargs):
     torch.manual_seed(0)
-    model, processor = build(Recipe(family, px=32, width=32, vision_width=32, vision_blocks=2 if family == "mllama" else 1, blocks=3, intermediate=48, **kwargs))
+    vision_blocks = 2 if family == "mllama" else 1
+    sizes = dict(px=32, width=32, vision_width=32, vision_blocks=vision_blocks, blocks=3, intermediate=48)
+    model, processor = build(Recipe(family, **sizes, **kwargs))
     with torch.no_grad():
         for name, p in model.named_parameters():
             if p.ndim > 1: p.mul_(5)
@@ -252,54 +429,121 @@ def test_parts_add_up_to_the_ids(family):
     merge = dict(patch=4, merge=1) if family in ("llava", "mllama") else dict(patch=4, merge=2)
     vlm = organism_of(family, merge)
     scenes = subsample(GridScenes(grid_pairs(2), sizes=(224,), px=32), 2)
-    template = "Is the {subject} to the left or right of the {object}?"
-    ids = extract(vlm, scenes, template, progress=False)
-    parts = th.decompose(vlm, scenes, ids.at(2), template)
-    total = sum(one.table for one in parts.taken.values()) + parts.mlps.table
-    for l in (1, 2, 3): assert np.abs(total[:, :, :l].sum(2) - ids.table[:, :, l - 1]).max() < 1e-6 * np.abs(ids.table).max() # eager attention has its softmax in float32
+    ids = extract(vlm, scenes, TEMPLATE, progress=False)
+    parts = th.decompose(vlm, scenes, ids.at(2), TEMPLATE)
+    assert_parts_add_up(parts, ids)
     H = parts.attention.shape[1]
-    by_hand = np.einsum("oyxd,yxd->o", sum(one.table for one in parts.taken.values())[:, 0, :2].sum(1), ids.at(2))
+    by_heads = sum(table.table for table in parts.taken.values())[:, 0, :2].sum(1)
     shares = parts.shares.table[:, 0, :2 * H].sum(1).reshape(2, 16, 16)
-    assert np.allclose(np.einsum("occ->o", shares), by_hand) and parts.error < 1e-6
+    assert np.allclose(np.einsum("occ->o", shares), np.einsum("oyxd,yxd->o", by_heads, ids.at(2)))
     looks = ~np.array([vlm.family.cross and hasattr(block, "self_attn") for block in vlm.blocks]) # at patches
     if vlm.family.cross: # nothing of the text is carried through such a block, and its gate is the scale behind
         scales = next(iter(parts.means.values()))[0].scales
         assert not scales["before"][0, looks].any() and np.allclose(np.divide(*scales["behind"][:, looks]), np.tanh(1))
-    assert ((parts.attention > 0).all(1) == looks).all() and (parts.attention < 1).all() and th.composed(vlm, parts, ids.objects[0]).shape == (3, 16, 32)
+    assert ((parts.attention > 0).all(1) == looks).all() and (parts.attention < 1).all() and parts.error < 1e-6
+    assert th.composed(vlm, parts, ids.objects[0]).shape == (3, 16, 32)
+
+
+def assert_parts_add_up(parts, ids):
+    "What heads and MLPs have written up to a layer is its ID; eager attention has its softmax in float32."
+    total = sum(table.table for table in parts.taken.values()) + parts.mlps.table
+    for l in ids.layers: assert largest(total[:, :, :l].sum(2) - ids.table[:, :, l - 1]) < 1e-6 * largest(ids.table)
+
+
+@pytest.fixture(scope="module")
+def split():
+    "A random model, its IDs, and their parts."
+    vlm = organism_of("llava", dict(patch=4))
+    scenes = subsample(GridScenes(grid_pairs(2), sizes=(224,), px=32), 2)
+    ids = extract(vlm, scenes, TEMPLATE, progress=False)
+    return vlm, ids, th.decompose(vlm, scenes, ids.at(2), TEMPLATE)
+
+
+def test_the_last_rung_of_the_ladder_is_the_id(split):
+    vlm, ids, parts = split
+    rungs = th.ladder(vlm, parts)
+    assert list(rungs) == list(th.LADDER) and th.sum_error(rungs, ids) < 1e-6
+    assert np.allclose(rungs["own patches"][:, 1], th.by_object(parts.taken["own patches"])[:, :2].sum(1))
+    by_layer = th.ladder_by_layer(rungs, ids, 20)
+    assert list(by_layer) == [1, 2, 3]
+    assert all(of["heads and MLPs"]["share"]["value"] > 1 - 1e-9 for of in by_layer.values())
+    assert by_layer[1]["own patches"]["share"]["value"] < 0.99
+    assert th.ladder_table(by_layer, [1, 3, 3]).count("layer 3, all heads") == 1
+
+
+def test_shares_of_all_sources_add_up_to_1(split):
+    _, ids, parts = split
+    by_layer = th.shares_by_source(parts, ids)
+    assert list(by_layer[2]) == [*th.SOURCES, "MLPs"]
+    for shares in by_layer.values(): assert sum(of["value"] for of in shares.values()) == pytest.approx(1, abs=1e-5)
+    whole = random(16, 8)
+    assert th.share_of(np.stack([whole + 5, 0 * whole, -2 * whole]), whole) == pytest.approx([1, 0, -2])
+
+
+def test_strongest_heads_are_ranked_on_other_objects(split):
+    _, ids, parts = split
+    heads, mlps = th.head_shares(parts, ids, 2)
+    assert heads.shape == (2, 2 * parts.attention.shape[1])
+    assert heads.sum(1).mean() + mlps.mean() == pytest.approx(1, abs=1e-5)
+    strongest = th.strongest_heads(parts, ids, 2, n=3)
+    order = np.argsort(-heads[0])[:3]
+    assert strongest["strongest"] == [th.head_name(i, parts.attention.shape[1]) for i in order]
+    first = heads[1, order[0]] / (heads[1].sum() + mlps[1])
+    assert strongest["cumulative"][1]["value"] == pytest.approx(first) and list(strongest["cumulative"]) == [1, 2, 3]
+    assert th.heads_table(strongest).count("\n") == 1 + 3 + 2
+    with pytest.raises(ValueError, match="other IDs"): th.strongest_heads(parts, ids, 3)
+    assert th.head_name(5, 4) == "2.2"
+
+
+def test_figures_of_the_weights_have_their_panels(split):
+    vlm, ids, parts = split
+    rungs = th.ladder(vlm, parts)
+    account = {"by_layer": th.ladder_by_layer(rungs, ids, 20), "sources": th.shares_by_source(parts, ids),
+               "heads": th.strongest_heads(parts, ids, 2, n=3)}
+    fig = Figure()
+    th.plot_weights(fig, account, 2, 2)
+    assert [len(ax.lines) for ax in fig.axes] == [len(th.LADDER) + 2, len(th.LADDER) + 2, len(th.SOURCES) + 2, 2]
+    assert fig.axes[3].get_xticklabels()[0].get_text() == f"1\n{account['heads']['strongest'][0]}"
+
+
+def test_a_model_that_cannot_be_split_says_why():
+    vlm = VLM(*tiny("llava_onevision"), "tiny")
+    parts, why_not = th.try_to_decompose(vlm, small_scenes(), np.zeros((4, 4, 32)), TEMPLATE)
+    assert parts is None and "no square grid" in why_not
 
 
 def test_a_picture_of_one_tile_in_a_model_of_several():
-    vlm, template = in_float64(VLM(*tiny("mllama"), "tiny")), "Is the {subject} to the left or right of the {object}?"
-    scenes = subsample(GridScenes(grid_pairs(2), sizes=(224,), px=16), 2)
-    query = scenes[0].query(template)
+    vlm, scenes = in_float64(VLM(*tiny("mllama"), "tiny")), small_scenes()
+    query = scenes[0].query(TEMPLATE)
     assert vlm.encode([query])["pixel_values"].shape[2] == 2 and th.grid_of(vlm, query) == 4
     T = vlm.encode([query])["input_ids"].shape[1]
     assert th.patch_rows(vlm, query) == [*range(T + 1, T + 17)] and vlm.cross_rows == 34
-    ids = extract(vlm, scenes, template, progress=False)
-    parts = th.decompose(vlm, scenes, ids.at(2), template)
-    total = sum(one.table for one in parts.taken.values()) + parts.mlps.table
-    for l in range(1, vlm.n_layers + 1): assert np.abs(total[:, :, :l].sum(2) - ids.table[:, :, l - 1]).max() < 1e-6 * np.abs(ids.table).max()
-    with pytest.raises(ValueError, match="no larger than a tile of 16 px"): th.grid_of(vlm, Query(Image.new("RGB", (32, 16)), "a"))
+    ids = extract(vlm, scenes, TEMPLATE, progress=False)
+    assert_parts_add_up(th.decompose(vlm, scenes, ids.at(2), TEMPLATE), ids)
+    wide = Query(Image.new("RGB", (32, 16)), "a")
+    with pytest.raises(ValueError, match="no larger than a tile of 16 px"): th.grid_of(vlm, wide)
 
 
 def test_a_head_is_its_part_of_the_output():
     vlm = organism_of("llava", dict(patch=4))
     block, g = vlm.blocks[0], torch.Generator().manual_seed(0)
-    weights, value = torch.rand(2, 4, 9, generator=g, dtype=torch.float64), torch.randn(2, 9, 32, generator=g, dtype=torch.float64)
+    weights = torch.rand(2, 4, 9, generator=g, dtype=torch.float64)
+    value = torch.randn(2, 9, 32, generator=g, dtype=torch.float64)
     mixed = torch.cat([torch.einsum("bt,btd->bd", weights[:, h], value[..., 8 * h:8 * h + 8]) for h in range(4)], -1)
     with torch.no_grad(): assert torch.allclose(th.by_head(block, weights, value).sum(1), block.self_attn.o_proj(mixed))
 
 
 def test_heads_that_share_a_key_head_read_its_values():
-    "Four heads, two key heads: heads 0 and 1 read the first, 2 and 3 the second, and their sum is what attention writes."
+    "Four heads, two key heads: heads 0 and 1 read the first, 2 and 3 the second; attention writes their sum."
     vlm = organism_of("internvl", dict(patch=4, merge=2))
     reads, g = vlm.blocks[0].self_attn, torch.Generator().manual_seed(0)
     size, weights = reads.head_dim, torch.rand(2, 4, 9, generator=g, dtype=torch.float64)
     value = torch.randn(2, 9, 2 * size, generator=g, dtype=torch.float64)
-    found = th.by_head(vlm.blocks[0], weights, value)
+    heads = th.by_head(vlm.blocks[0], weights, value)
     for h in range(4):
-        group, own = value[..., h // 2 * size:(h // 2 + 1) * size], reads.o_proj.weight[:, h * size:(h + 1) * size]
-        assert torch.allclose(found[:, h], torch.einsum("bt,bts,ds->bd", weights[:, h], group, own.detach()))
+        shared = value[..., h // 2 * size:(h // 2 + 1) * size]
+        output = reads.o_proj.weight[:, h * size:(h + 1) * size].detach()
+        assert torch.allclose(heads[:, h], torch.einsum("bt,bts,ds->bd", weights[:, h], shared, output))
 
 
 def grouped(one, n_things=2):
@@ -308,8 +552,9 @@ def grouped(one, n_things=2):
     config.text_config.num_key_value_heads = 1
     model = type(one.vlm.model)(config).double().requires_grad_(False)
     state = one.vlm.model.state_dict()
-    for name in [k for k in state if k.endswith(("self_attn.k_proj.weight", "self_attn.v_proj.weight")) and "vision" not in k]:
-        state[name] = state[name][:32]
+    for name in state:
+        if name.endswith(("self_attn.k_proj.weight", "self_attn.v_proj.weight")) and "vision" not in name:
+            state[name] = state[name][:32]
     model.load_state_dict(state)
     values, outputs = block.self_attn.v_proj.weight.numpy(), block.self_attn.o_proj.weight.numpy()
     whole = outputs[:, :32] @ values[:32] + outputs[:, 32:] @ values[32:]
@@ -324,55 +569,55 @@ def test_weights_predict_the_ids_of_a_model_with_grouped_heads():
     vlm, M = grouped(one)
     scenes = every_cell(th.TileScenes(one.names))
     ids = extract(vlm, scenes, th.PLANTED, progress=False)
-    wanted = (one.psi - one.psi.mean((0, 1))).reshape(16, 2) @ M.T
-    assert vlm.blocks[0].self_attn.v_proj.weight.shape[0] == 32 and np.abs(ids.at(1).reshape(16, -1) - wanted).max() < 1e-9
+    by_hand = (one.psi - one.psi.mean((0, 1))).reshape(16, 2) @ M.T
+    assert vlm.blocks[0].self_attn.v_proj.weight.shape[0] == 32 and largest(ids.at(1).reshape(16, -1) - by_hand) < 1e-9
     parts = th.decompose(vlm, scenes, ids.at(1), th.PLANTED)
     for predicted in (th.from_weights(vlm, parts)[0], th.composed(vlm, parts, one.names[0])[0]):
-        assert np.abs(predicted - predicted.mean(0) - wanted).max() < 1e-9
-    assert parts.error < 1e-12 and np.abs(parts.taken["own patches"].at(1).reshape(16, -1) - wanted).max() < 1e-9
-    assert not np.allclose(wanted, one.ids.reshape(16, -1)) # other IDs than those of the model with two key heads
+        assert largest(th.centred(predicted) - by_hand) < 1e-9
+    assert parts.error < 1e-12 and largest(parts.taken["own patches"].at(1).reshape(16, -1) - by_hand) < 1e-9
+    assert not np.allclose(by_hand, one.ids.reshape(16, -1)) # other IDs than those of the model with two key heads
 
 
 def test_a_prompt_needs_no_token_before_the_picture():
     "Parts add up whether or not the prompt begins with <s>, and the patches are found behind what stands before them."
-    template, found = "Is the {subject} to the left or right of the {object}?", {}
-    scenes = subsample(GridScenes(grid_pairs(2), sizes=(224,), px=16), 2)
+    first_patch, scenes = {}, small_scenes()
     for bos in (False, True):
         vlm = in_float64(VLM(*tiny_llava(kind="bytes", bos=bos, chat=None if bos else BARE), "tiny"))
-        found[bos] = th.patch_rows(vlm, scenes[0].query(template))[0]
-        ids = extract(vlm, scenes, template, progress=False)
-        parts = th.decompose(vlm, scenes, ids.at(2), template)
-        total = sum(one.table for one in parts.taken.values()) + parts.mlps.table
-        assert np.abs(total[:, :, :2].sum(2) - ids.table[:, :, 1]).max() < 1e-6 * np.abs(ids.table).max()
-    assert found[False] == 0 < found[True]
+        first_patch[bos] = th.patch_rows(vlm, scenes[0].query(TEMPLATE))[0]
+        ids = extract(vlm, scenes, TEMPLATE, progress=False)
+        assert_parts_add_up(th.decompose(vlm, scenes, ids.at(2), TEMPLATE), ids)
+    assert first_patch[False] == 0 < first_patch[True]
 
 
 def test_composition_is_linear_attention_over_blocks():
-    "Where attention is the same in every picture and nothing but ψ moves, composed Eq. 7 is the model: norms are a fixed scale and MLPs are 0."
+    """Where attention is the same in every picture and nothing but ψ moves, composed Eq. 7 is the model.
+
+    Norms are a fixed scale and MLPs are 0."""
     one = th.plant(XY, n_things=2)
     scenes = every_cell(th.TileScenes(one.names))
     parts = th.decompose(one.vlm, scenes, one.ids, th.PLANTED)
     block = one.vlm.blocks[0]
     twice = type("Two", (), {"blocks": [block, block]})
     means = parts.means[one.names[0]][0]
-    means.attention, means.scales = np.concatenate([means.attention] * 2), {norm: np.concatenate([v, v], 1) for norm, v in means.scales.items()}
+    means.attention = np.concatenate([means.attention] * 2)
+    means.scales = {norm: np.concatenate([v, v], 1) for norm, v in means.scales.items()}
     last = means.attention.shape[2] - 1
     means.attention[1, :, last] = 0
     means.attention[1, :, last, last] = means.n # in block 2 the word reads itself
     parts.basis = parts.basis * 2
-    found, ids = th.composed(twice, parts, one.names[0]), one.ids.reshape(16, -1)
-    W = sum(block.self_attn.o_proj.weight[:, 32 * h:32 * h + 32] @ block.self_attn.v_proj.weight[32 * h:32 * h + 32] for h in range(2)).numpy()
+    ids = one.ids.reshape(16, -1)
+    reads, heads = block.self_attn, (slice(0, 32), slice(32, 64))
+    W = sum(reads.o_proj.weight[:, head] @ reads.v_proj.weight[head] for head in heads).numpy()
     scale = np.divide(*means.scales["before"][:, 1, last])
-    first, second = (v - v.mean(0) for v in found)
+    first, second = map(th.centred, th.composed(twice, parts, one.names[0]))
     assert np.allclose(first, ids) and np.allclose(second, ids + (ids * scale) @ W.T)
 
 
 def test_families_whose_blocks_write_otherwise_are_refused():
-    template, scenes = "Is the {subject} to the left or right of the {object}?", subsample(GridScenes(grid_pairs(2), sizes=(224,), px=16), 2)
-    gated = VLM(*tiny("llava"), "tiny")
+    gated, cut = VLM(*tiny("llava"), "tiny"), VLM(*tiny("llava_onevision"), "tiny")
     gated.blocks[1].register_forward_hook(lambda module, args, out: out * 2)
-    with pytest.raises(ValueError, match="another norm or a gate"): th.decompose(gated, scenes, np.zeros((4, 4, 32)), template)
-    with pytest.raises(ValueError, match="no square grid of one picture"): th.decompose(VLM(*tiny("llava_onevision"), "tiny"), scenes, np.zeros((4, 4, 32)), template)
+    for vlm, why in ((gated, "another norm or a gate"), (cut, "no square grid of one picture")):
+        with pytest.raises(ValueError, match=why): th.decompose(vlm, small_scenes(), np.zeros((4, 4, 32)), TEMPLATE)
 
 
 def test_nothing_remains_after_watching():
@@ -392,9 +637,7 @@ def test_patches_of_a_cell():
     assert th.grid_of(VLM(*tiny("llava"), "tiny"), Query(Image.new("RGB", (16, 16)), "a")) == 4
 
 
-# --- the read-out
-
-def test_a_linear_read_out_is_found_and_noise_is_not():
+def test_a_linear_read_out_is_recovered_and_noise_is_not():
     vectors, w = random(40, 16, 6), random(6, seed=1)
     train = np.arange(40) % 2 == 0
     predicted, found = th.read_out(vectors, vectors @ w + 3, np.eye(6), train, intercept=True)
@@ -406,44 +649,188 @@ def test_a_linear_read_out_is_found_and_noise_is_not():
     assert not inside[2:].any()
 
 
-# --- the toy
+# --- pushes
+
+@pytest.fixture(scope="module")
+def pushed():
+    "A random model, IDs of it, twelve questions, and what pushing their words changes."
+    vlm = organism_of("llava", dict(patch=4))
+    scenes = subsample(GridScenes(grid_pairs(2), sizes=(224,), px=32), 2)
+    ids = extract(vlm, scenes, TEMPLATE, progress=False)
+    pairs = th.read_out_questions(12, px=32)
+    return vlm, ids, pairs, th.push_everywhere(vlm, ids, pairs, 2, [1, 2])
+
+
+def test_questions_of_the_read_out_are_about_two_things(pushed):
+    _, _, pairs, _ = pushed
+    assert len(pairs) == 12 and all(len(scene.things) == 2 for scene, _ in pairs)
+    assert all(set(q.words.values()) == {t.name for t in scene.things} for scene, q in pairs)
+    assert [q.text for _, q in th.read_out_questions(2, px=32)] == [q.text for _, q in pairs[:2]]
+
+
+def test_places_are_those_of_the_words(pushed):
+    _, _, pairs, result = pushed
+    scene, query = pairs[1]
+    thing = next(t for t in scene.things if t.name == query.words["object"])
+    assert np.allclose(result.places["object"][1], [4 * thing.x - 0.5, 4 * thing.y - 0.5])
+
+
+def test_pushing_a_word_adds_the_id_step(pushed):
+    vlm, ids, pairs, result = pushed
+    steps = th.id_steps(ids, 2, result.places)
+    assert steps.shape == (12, 16, 32) and np.allclose(steps[:, 1] - steps[:, 0], ids.at(2)[0, 1] - ids.at(2)[0, 0])
+    swept = sweep(vlm, [pairs[2][1]], layers=[2], edits={"step": ("subject", add(steps[2, 7]))})
+    difference = lambda v: float((v[..., 0] - v[..., 1]).squeeze())
+    change = difference(swept.log_probs["step"]) - difference(swept.base_log_probs)
+    assert result.changes[2][2, 7] == pytest.approx(change, abs=1e-9)
+    assert result.plain[2] == pytest.approx(difference(swept.base_log_probs), abs=1e-9)
+
+
+def test_both_words_go_to_opposite_cells(pushed):
+    _, ids, _, result = pushed
+    opposite = th.id_steps(ids, 2, result.places, "object")
+    assert np.allclose(opposite[:, 0] - opposite[:, 15], ids.at(2)[3, 3] - ids.at(2)[0, 0])
+    assert result.both.shape == (12, 16) and largest(result.both - result.changes[2]) > 1e-6
+
+
+def test_the_control_has_the_steps_of_another_question_of_the_same_half():
+    steps = random(6, 16, 3)
+    others = th.of_other_questions(steps)
+    assert np.allclose(np.sort(others[3], axis=0), np.sort(steps[1], axis=0)) and not np.allclose(others[3], steps[1])
+
+
+def test_layers_to_push_are_spread_over_the_middle_third():
+    assert th.middle_layers(8, 6) == [3, 4, 5, 6]
+    many = th.middle_layers(40, 2)
+    assert len(many) == 7 and many[:2] == [2, 14] and many[-1] == 26
+
+
+# --- the read-out
+
+def test_a_read_out_is_judged_on_the_other_half():
+    judge = th.Judge(40, 50)
+    vectors, basis = random(40, 16, 6), np.eye(6)
+    exact = judge.fitted(vectors, vectors @ random(6, seed=1), basis)
+    assert exact["value"] > 1 - 1e-9 and exact["n"] == 20
+    values = random(40, 16, seed=2)
+    predicted = np.where(judge.train[:, None], 0, values) # wrong where it was fitted alone
+    assert judge.r2(values, predicted)["value"] == 1
+
+
+def test_read_outs_and_their_figure(pushed):
+    _, ids, _, result = pushed
+    judge = th.Judge(12, 20)
+    r2 = th.read_outs(ids, result, 2, judge)
+    assert len(r2) == 9 and all(of["n"] == 6 for of in r2.values())
+    by_layer = th.read_outs_by_layer(ids, result, judge)
+    assert list(by_layer) == [1, 2] and by_layer[2] == r2["all 15 directions"]
+    assert th.every_direction(ids, 2).shape == (15, 32)
+    fig = Figure()
+    th.plot_read_out(fig, ids, result, 2, judge)
+    assert f"R² {r2['all 15 directions']['value']:.2f}" in fig.axes[0].get_title()
+    assert len(fig.axes[2].collections[0].get_offsets()) == 12
+
+
+# --- why linear
 
 def test_questions_shape_the_toy():
-    from spatialid.extraction import grid_statistics
-    r2 = {asked: float(grid_statistics((lambda v: v @ v.T)(th.toy(asked, 0, steps=200)))["r2"]) for asked in ("relations", "cells")}
+    places = {kind: th.toy(kind, 0, steps=200) for kind in ("relations", "cells")}
+    r2 = {kind: float(grid_statistics(v @ v.T)["r2"]) for kind, v in places.items()}
     assert r2["relations"] > 0.9 and r2["cells"] < 0.4
-    assert np.array_equal(th.toy("both", 1, steps=3), th.toy("both", 1, steps=3)) and not np.array_equal(th.toy("both", 1, steps=3), th.toy("both", 2, steps=3))
+    first, again, other = (th.toy("both", seed, steps=3) for seed in (1, 1, 2))
+    assert np.array_equal(first, again) and not np.array_equal(first, other)
+    over = th.toy_r2("cells", steps=1, seeds=2)
+    assert over["n"] == 2 and over["low"] < over["value"] < over["high"]
+
+
+def made_run(arm, seed, r2):
+    "A run as `why` stores it."
+    estimate = {"value": r2, "low": r2 - 0.1, "high": r2 + 0.1, "null_high": 0.3}
+    by_layer = [{"layer": l, "value": r2} for l in (1, 2, 3, 4)]
+    ids = {template: {"r2": estimate, "by_layer": by_layer} for template in (th.WHERE, th.LEFT_RIGHT)}
+    return {"arm": arm, "seed": seed, "ids": ids, "log": {"recognised": 0.96, "left_right": 0.5}}
+
+
+def made_arms():
+    values = dict(zip(th.WHY, ((0.6, 0.8), (0.5, 0.6), (0.4,))))
+    return {arm: [made_run(arm, seed, r2) for seed, r2 in enumerate(of)] for arm, of in values.items()}
+
+
+def test_effects_of_supervision_are_paired_by_seed():
+    effects = th.supervision_effects(made_arms())
+    assert list(effects) == ["people's words, relations", "sixteen unrelated words", "less sixteen unrelated words"]
+    assert effects["less sixteen unrelated words"]["value"] == pytest.approx(0.15)
+    assert effects["people's words, relations"]["value"] == pytest.approx(0.7)
+    assert th.supervision_effects({arm: [] for arm in th.WHY}) == {}
+
+
+def test_runs_have_a_row_and_a_dot_each():
+    arms = made_arms()
+    assert "| no place asked | 0 | 0.40 [0.30, 0.50]; null 0.30 | 96% |  | 50% |  |" in th.runs_table(arms)
+    fig = Figure()
+    th.plot_why(fig, arms)
+    assert len(fig.axes[2].lines) == 5 and fig.axes[0].get_title() != fig.axes[1].get_title()
+    th.plot_why(Figure(), {arm: [] for arm in th.WHY})
+
+
+def test_stored_runs_are_sorted_by_arm(tmp_path, monkeypatch):
+    monkeypatch.setenv("SPATIALID_RESULTS", str(tmp_path))
+    assert th.stored_runs() == {arm: [] for arm in th.WHY}
+    runs = [run for of in made_arms().values() for run in of]
+    (tmp_path / "results" / "models").mkdir(parents=True)
+    (tmp_path / "results" / "models" / "09_why_linear.json").write_text(json.dumps({"runs": runs[::-1]}))
+    assert {arm: len(of) for arm, of in th.stored_runs().items()} == dict(zip(th.WHY, (2, 2, 1)))
+
+
+@pytest.fixture
+def small_recipes():
+    "The recipes of `why` with two steps of four pictures a stage."
+    sizes = dict(vision_width=32, width=32, vision_blocks=1, blocks=2, heads=2, intermediate=48, cells=True)
+    first, small = Stage("recognise", 2, 4, 1e-3), {}
+    for arm, recipe in th.WHY.items():
+        later = [replace(stage, steps=2, batch=4) for stage in recipe.stages[1:]]
+        small[arm] = Recipe(**sizes, stages=(first, *later))
+    return small
 
 
 @pytest.mark.slow
-def test_why_linear_trains_both_kinds_from_one_first_stage(tmp_path, monkeypatch):
-    "Tiny recipes: the first stage is trained once for a seed, the other arms go on from it, and a second call finds everything done."
-    import json
-    from dataclasses import replace
-    from functools import partial
-    from spatialid.organisms import CELLS, Recipe, Stage, Steps, build
+def test_why_linear_trains_both_kinds_from_one_first_stage(tmp_path, monkeypatch, small_recipes):
+    "The first stage is trained once for a seed, the other arms go on from it, and a second call finds everything done."
     monkeypatch.setenv("SPATIALID_RESULTS", str(tmp_path))
-    parts = dict(vision_width=32, width=32, vision_blocks=1, blocks=2, heads=2, intermediate=48, cells=True)
-    small = {arm: Recipe(**parts, stages=(Stage("recognise", 2, 4, 1e-3), *(replace(s, steps=2, batch=4) for s in r.stages[1:]))) for arm, r in th.WHY.items()}
-    assert len({repr(replace(r, stages=r.stages[:1])) for r in th.WHY.values()}) == 1
     monkeypatch.setattr(th, "line_of", partial(th.line_of, pairs=6))
-    made = json.loads(th.why(tmp_path / "runs", 1, small).read_text())
-    assert [r["arm"] for r in made["runs"]] == list(th.WHY) and all(set(r["ids"]) == {th.WHERE, th.LEFT_RIGHT} and 0 <= r["ids"][th.WHERE]["r2"]["value"] <= 1 for r in made["runs"])
-    logs = [[json.loads(line)["stage"] for line in (tmp_path / "runs" / "seed 0" / name / "log.jsonl").read_text().splitlines()] for name in ("first", *th.WHY)]
-    asked = ["recognise", "point", "relate", "more"]
-    assert logs == [["recognise"], asked, asked, ["recognise"]]
-    again = json.loads(th.why(tmp_path / "runs", 1, small).read_text())
+    made = json.loads(th.why(tmp_path / "runs", 1, small_recipes).read_text())
+    assert [r["arm"] for r in made["runs"]] == list(th.WHY)
+    for run in made["runs"]:
+        assert set(run["ids"]) == {th.WHERE, th.LEFT_RIGHT} and 0 <= run["ids"][th.WHERE]["r2"]["value"] <= 1
+    logs = [tmp_path / "runs" / "seed 0" / name / "log.jsonl" for name in ("first", *th.WHY)]
+    stages = [[json.loads(line)["stage"] for line in log.read_text().splitlines()] for log in logs]
+    all_stages = ["recognise", "point", "relate", "more"]
+    assert stages == [["recognise"], all_stages, all_stages, ["recognise"]]
+    again = json.loads(th.why(tmp_path / "runs", 1, small_recipes).read_text())
     assert [r["ids"] for r in again["runs"]] == [r["ids"] for r in made["runs"]]
-    th.why(tmp_path / "elsewhere", 1, small)
+    th.why(tmp_path / "elsewhere", 1, small_recipes)
     assert not (tmp_path / "elsewhere").exists() # what is recorded is not trained again
-    arm, r = next((arm, r) for arm, r in small.items() if len(r.stages) > 1)
-    changed = {arm: replace(r, stages=(*r.stages[:1], *(replace(s, steps=1) for s in r.stages[1:])))}
+    arm, recipe = next((arm, r) for arm, r in small_recipes.items() if len(r.stages) > 1)
+    shorter = replace(recipe, stages=(recipe.stages[0], *(replace(stage, steps=1) for stage in recipe.stages[1:])))
     monkeypatch.setattr(th, "line_of", lambda *_, **__: {}) # measured above; here it is about what is trained
-    th.why(tmp_path / "elsewhere", 1, changed)
+    th.why(tmp_path / "elsewhere", 1, {arm: shorter})
     assert (tmp_path / "elsewhere").exists()
-    # what the arms are asked
-    _, processor = build(next(iter(small.values())))
-    steps = {arm: Steps(processor, r, r.stages[1]) for arm, r in small.items() if len(r.stages) > 1}
-    words = {arm: {q[2] for i in range(300) for q in s.questions(s.item(i), np.random.default_rng(i))} for arm, s in steps.items()}
-    assert words["sixteen unrelated words"] == {w for row in CELLS for w in row} and "top left" in words["people's words, relations"]
-    assert all(len(processor.tokenizer(f" {w}", add_special_tokens=False).input_ids) == 1 for row in CELLS for w in row)
+
+
+def test_arms_share_their_first_stage():
+    assert len({repr(replace(recipe, stages=recipe.stages[:1])) for recipe in th.WHY.values()}) == 1
+
+
+@pytest.mark.slow
+def test_arms_have_the_words_they_say(small_recipes):
+    _, processor = build(next(iter(small_recipes.values())))
+    words = {}
+    for arm in ("people's words, relations", "sixteen unrelated words"):
+        recipe = small_recipes[arm]
+        steps = Steps(processor, recipe, recipe.stages[1])
+        drawn = [steps.questions(steps.item(i), np.random.default_rng(i)) for i in range(300)]
+        words[arm] = {q[2] for of in drawn for q in of}
+    unrelated = {word for row in CELL_WORDS for word in row}
+    assert words["sixteen unrelated words"] == unrelated and "top left" in words["people's words, relations"]
+    tokens = lambda word: processor.tokenizer(f" {word}", add_special_tokens=False).input_ids
+    assert all(len(tokens(word)) == 1 for word in unrelated)
