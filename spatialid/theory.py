@@ -37,15 +37,19 @@ from torch.nn.functional import pad
 from transformers import LlavaForConditionalGeneration
 
 from .claims import report
-from .data import LEFT_RIGHT, OBJECTS, FreeScenes, GridScene, GridScenes, Objects, grid_pairs
-from .extraction import SpatialIDs, add_batch, extract, finish, index_scenes, new_state, subsample
-from .extraction import cell_colour, grid_statistics, orthonormal, plot_ids, with_interval
-from .hooks import VLM, Query
+from .edits import add, at_place, moves, pushing
+from .extraction import (
+    SpatialIDs, add_batch, cell_colour, extract, finish, grid_statistics, index_scenes, new_state, orthonormal,
+    plot_ids, subsample, with_interval)
+from .hooks import VLM
 from .organisms import BUILDERS, WHERE, Recipe, Stage, build, train, training_log
-from .results import OKABE_ITO, bootstrap, load_results, over_seeds, provenance, results_dir, rng, told
-from .results import write_bytes, write_json
-from .steering import at_place, middle_third, moves, pushing, questions, ticks
-from .sweeps import add, attention, in_float64, sweep
+from .query import Query
+from .questions import LEFT_RIGHT, questions
+from .scenes import OBJECTS, FreeScenes, GridScene, GridScenes, Objects, grid_pairs
+from .stats import bootstrap, over_seeds, rng, shown
+from .steering import ticks
+from .store import OKABE_ITO, load_results, provenance, results_dir, write_bytes, write_json
+from .sweeps import attention, in_float64, middle_third, sweep
 
 # %% ../nbs/09_theory.ipynb #a96b70ed
 def cell_overlap(
@@ -165,7 +169,7 @@ def _columns(rows): return list(dict.fromkeys(chain.from_iterable(rows.values())
 
 def _formatted(row, columns, digits):
     "The numbers of a row as texts."
-    texts = {name: f"{v:.{digits}f}" if isinstance(v, Number) else told(v, digits) for name, v in row.items()}
+    texts = {name: f"{v:.{digits}f}" if isinstance(v, Number) else shown(v, digits) for name, v in row.items()}
     return [texts.get(name, "") for name in columns]
 
 # %% ../nbs/09_theory.ipynb #50571ee3
@@ -606,7 +610,7 @@ def null_table(
 
 def with_null(estimate)->str:
     "An estimate and the 95 % quantile of its null, as text."
-    return f"{told(estimate)}; null {estimate['null_high']:.2f}"
+    return f"{shown(estimate)}; null {estimate['null_high']:.2f}"
 
 # %% ../nbs/09_theory.ipynb #7367ac9d
 def components(
@@ -1287,8 +1291,8 @@ def heads_table(heads:dict)->str: # of `strongest_heads`
     rows, attended = [], heads["attention_to_own_patches"]
     for (k, share), name in zip(heads["cumulative"].items(), heads["strongest"]):
         block, head = map(int, name.split("."))
-        rows.append([k, name, told(share), f"{attended[block - 1, head - 1]:.2f}"])
-    rows += [["all", name, told(share), ""] for name, share in heads["total"].items()]
+        rows.append([k, name, shown(share), f"{attended[block - 1, head - 1]:.2f}"])
+    rows += [["all", name, shown(share), ""] for name, share in heads["total"].items()]
     return markdown_table(["heads", "block.head", "share of the ID, all so far", "attention to own patches"], rows)
 
 # %% ../nbs/09_theory.ipynb #09c41d47
