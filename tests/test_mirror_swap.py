@@ -367,7 +367,8 @@ def test_claims_are_judged_where_the_belief_follows():
     assert claims["image_early_less_late"]["value"] == 0 and "objects_over_rest" not in claims
     follows = {kind: {"both": {"value": .2, "low": .1, "high": .3, "n": 4}} for kind in judged}
     missing = ms.missing_claims(claims, follows, judged)
-    assert "the belief follows in 0.20 [0.10, 0.30] of the pairs (two things)" in missing["objects_over_rest"]["not_judged"]
+    reason = missing["objects_over_rest"]["not_judged"]
+    assert "the belief follows in 0.20 [0.10, 0.30] of the pairs (two things)" in reason
     assert missing["attribute_signal"]["not_judged"] == "not part of the short run" and len(missing) == 2
     assert {*claims, *missing} == {name for names in ms.CLAIMS_OF.values() for name in names}
 
@@ -375,7 +376,8 @@ def test_claims_are_judged_where_the_belief_follows():
 def test_curves_with_intervals_and_thirds():
     c = ms.curves(fake([[1., 2], [2., 2], [3., 6]], [2., 4]))
     stored = ms.curves_with_intervals(c, ["a"])["a"]
-    assert np.allclose(stored["value"], [.5, 4 / 6, 1.5]) and (stored["low"] <= stored["high"]).all() and stored["n"] == 2
+    assert np.allclose(stored["value"], [.5, 4 / 6, 1.5]) and stored["n"] == 2
+    assert (stored["low"] <= stored["high"]).all()
     assert ms.curves_with_intervals(None, ["a"]) is None
     means = {"a": ms.by_third(c, "a", 3)}
     assert means["a"]["first"]["value"] == pytest.approx(.5)
