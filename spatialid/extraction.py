@@ -37,8 +37,8 @@ from safetensors import SafetensorError, safe_open
 from scipy.stats import t as student
 from tqdm import tqdm
 
-from .results import provenance as make_provenance, results_dir, results_root, rng, size_of, stored_path
-from .results import told, write_bytes
+from .stats import absolute, rng, shown
+from .store import provenance as make_provenance, results_dir, results_root, stored_path, write_bytes
 
 # %% ../nbs/03_extraction.ipynb #83ab037e
 from .query import Query
@@ -1068,7 +1068,7 @@ def statistics_table(
     lines = []
     for name, number in statistics.items():
         null = f"null {number['null_mean']:.2f}, 95 % below {number['null_high']:.2f}, p = {number['p']:.3f}"
-        lines.append(f"{name:<10}  {told(number):<18}  {null}")
+        lines.append(f"{name:<10}  {shown(number):<18}  {null}")
     return "\n".join(lines)
 
 # %% ../nbs/03_extraction.ipynb #5d4a1190
@@ -1221,9 +1221,9 @@ def plot_figure5(
     ax.set_ylabel("← coefficient on v: further down in the image")
     lines = [f"{name_of(ids)}, layer {layer} of {ids.layers[-1]}"]
     for name, key, what in (("S_x", "linear_x", "column"), ("S_y", "linear_y", "row")):
-        share, null = told(statistics[key]), f"null, 95 %: {statistics[key]['null_high']:.2f}"
+        share, null = shown(statistics[key]), f"null, 95 %: {statistics[key]['null_high']:.2f}"
         lines.append(f"{name}: {share} of the variance is linear in the {what} ({null})")
-    plane, cosine = told(statistics["total"]), told(statistics["cosine"])
+    plane, cosine = shown(statistics["total"]), shown(statistics["cosine"])
     lines.append(f"in the plane of the axes: {plane}; cosine of the axes {cosine}")
     ax.set_title("\n".join(lines), fontsize=9.5)
 
@@ -1395,7 +1395,7 @@ def numbers_table(
     rows:dict, # {name: {key: {value, low, high} or number}}
 )->str:
     "Numbers with their intervals, a line for each row."
-    text = lambda number: told(number) if isinstance(number, dict) else f"{number:.2f}"
+    text = lambda number: shown(number) if hasattr(number, "keys") else f"{number:.2f}"
     lines = {name: ", ".join(f"{key} {text(number)}" for key, number in row.items()) for name, row in rows.items()}
     width = max(len(str(name)) for name in lines)
     return "\n".join(f"{name!s:<{width}}  {line}" for name, line in lines.items())
@@ -1589,7 +1589,7 @@ def grid_claims(
             "linear_r2_over_null": over_null(held_out["r2"]),
             "variance_explained": total,
             "variance_over_half_and_null": less(total, max(HALF, total["null_high"])),
-            "axis_cosine": less(size_of(held_out["cosine"]), 0)}
+            "axis_cosine": less(absolute(held_out["cosine"]), 0)}
 
 # %% ../nbs/03_extraction.ipynb #f03e5ec2
 def pair_claims(

@@ -26,7 +26,10 @@ from PIL import Image, ImageOps
 from .benchmarks import Benchmark
 from .extraction import resample
 from .pictures import as_seen
-from .results import OKABE_ITO, bootstrap, rng, size_of, told
+from .query import Query
+from .questions import LEFT_RIGHT
+from .stats import absolute, bootstrap, rng, shown
+from .store import OKABE_ITO
 from .sweeps import sweep
 
 # %% ../nbs/02_mirror_swap.ipynb #533c069a
@@ -479,7 +482,7 @@ def plot_figure4(
         left.set_xticks([0, *ticks(c.layers)])
     at, top = readings["crossing"], readings["peak"]["value"]
     if at["value"] is not None:
-        mark_layers(left, at["low"] - shift, at["high"] - shift, f"image → text at ℓ = {told(at, 1)}", 1, "0.5")
+        mark_layers(left, at["low"] - shift, at["high"] - shift, f"image → text at ℓ = {shown(at, 1)}", 1, "0.5")
     if top is not None:
         first, last = band(c["objects"][0], c.layers)
         text = f"objects: half of the peak at ℓ = {first:.1f} … {last:.1f}"
@@ -505,7 +508,7 @@ def thirds_table(
     "A table of the mean effects over each third of the layers."
     lines = ["| swapped | first third | middle third | last third |", "|---|---|---|---|"]
     for name, parts in means.items():
-        lines.append(f"| {name} | {' | '.join(told(number) for number in parts.values())} |")
+        lines.append(f"| {name} | {' | '.join(shown(number) for number in parts.values())} |")
     return "\n".join(lines)
 
 # %% ../nbs/02_mirror_swap.ipynb #648d958b
@@ -700,8 +703,8 @@ def follows_table(
     lines = ["| pairs | right, base | right, source | right in both | median denominator | left out |",
              "|---|---|---|---|---|---|"]
     for name, (shares, size, excluded, n) in rows.items():
-        right = " | ".join(told(shares[key]) for key in ("base", "source", "both"))
-        lines.append(f"| {name} | {right} | {told(size)} nats | {excluded} of {n} |")
+        right = " | ".join(shown(shares[key]) for key in ("base", "source", "both"))
+        lines.append(f"| {name} | {right} | {shown(size)} nats | {excluded} of {n} |")
     return "\n".join(lines)
 
 # %% ../nbs/02_mirror_swap.ipynb #eaad6bac
@@ -879,7 +882,7 @@ def mirror_claims(
         if judged[kind]:
             claims |= {name: estimate(values, c.n) for name, values in numbers.items()}
     if "object_word" in claims:
-        claims["object_word"] = size_of(claims["object_word"])
+        claims["object_word"] = absolute(claims["object_word"])
     return claims
 
 # %% ../nbs/02_mirror_swap.ipynb #6e399b00
@@ -900,7 +903,7 @@ def missing_claims(
         if kind in follows:
             share = follows[kind]["both"]
         if not judged.get(kind, True):
-            reason = f"the belief follows in {told(share)} of the pairs ({kind}), not in more than half"
+            reason = f"the belief follows in {shown(share)} of the pairs ({kind}), not in more than half"
         nothing = {"value": None, "low": None, "high": None, "n": share["n"], "not_judged": reason}
         missing |= {name: nothing for name in names if name not in claims}
     return missing
