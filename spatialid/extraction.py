@@ -5,17 +5,16 @@
 # %% auto #0
 __all__ = ['ID_FILES', 'WORD_QUESTIONS', 'WORDS', 'CELL_COLOURS', 'SCALING_LINES', 'PLAIN', 'PROMPTS', 'HALF', 'centred_ids',
            'grid_axes', 'orthonormal', 'grid_design', 'grid_statistics', 'grid_null', 'axis_null',
-           'effective_dimensions', 'smooth_codes', 'around', 'leave_one_out', 'resample', 'with_interval', 'over_null',
-           'SpatialIDs', 'null_of', 'null_of_grid', 'choose_layer', 'spread_of', 'on_axes', 'read_safetensors',
-           'checked_slot', 'stored_ids', 'SceneIndex', 'grid_shape', 'check_filled', 'index_scenes', 'IDAccumulator',
-           'stamp_of', 'exchanged', 'whole_layers', 'checked_settings', 'subject_activations', 'accumulate', 'extract',
-           'stopped', 'subsample', 'cosines', 'of_different_objects', 'compare_slots', 'choices', 'pair_weights',
-           'subset_cosines', 'over_subsets', 'disjoint_halves', 'spread_layers', 'middle_layers', 'plot_scenes',
-           'checkpoint_path', 'split_objects', 'statistics_table', 'in_both_orders', 'word_activations',
-           'centred_words', 'nearer', 'word_margins', 'cell_colour', 'plot_ids', 'plot_words', 'name_of',
-           'plot_figure5', 'layer_title', 'plot_layers', 'plot_over_layers', 'plot_with_null', 'mark_layer',
-           'plot_layer_curves', 'nearest_column', 'nested_choices', 'PairSubsets', 'numbers_table', 'same_reach',
-           'plot_scaling', 'plot_pairs', 'same_pictures', 'compare_ids', 'plot_prompts', 'plot_slots',
+           'effective_dimensions', 'smooth_codes', 'SpatialIDs', 'null_of', 'null_of_grid', 'choose_layer', 'spread_of',
+           'on_axes', 'read_safetensors', 'checked_slot', 'stored_ids', 'SceneIndex', 'grid_shape', 'check_filled',
+           'index_scenes', 'IDAccumulator', 'stamp_of', 'exchanged', 'whole_layers', 'checked_settings',
+           'subject_activations', 'accumulate', 'extract', 'stopped', 'subsample', 'cosines', 'of_different_objects',
+           'compare_slots', 'choices', 'pair_weights', 'subset_cosines', 'over_subsets', 'disjoint_halves',
+           'spread_layers', 'middle_layers', 'plot_scenes', 'checkpoint_path', 'split_objects', 'statistics_table',
+           'in_both_orders', 'word_activations', 'centred_words', 'nearer', 'word_margins', 'cell_colour', 'plot_ids',
+           'plot_words', 'name_of', 'plot_figure5', 'layer_title', 'plot_layers', 'plot_over_layers', 'plot_with_null',
+           'mark_layer', 'plot_layer_curves', 'nearest_column', 'nested_choices', 'PairSubsets', 'numbers_table',
+           'same_reach', 'plot_scaling', 'plot_pairs', 'same_pictures', 'compare_ids', 'plot_prompts', 'plot_slots',
            'size_invariance', 'plot_sizes', 'less', 'not_judged', 'grid_claims', 'pair_claims', 'size_claims']
 
 # %% ../nbs/03_extraction.ipynb #7ba219ac
@@ -37,7 +36,7 @@ from safetensors import SafetensorError, safe_open
 from scipy.stats import t as student
 from tqdm import tqdm
 
-from .stats import absolute, rng, shown
+from .stats import absolute, around, leave_one_out, over_null, rng, shown, with_interval
 from .store import provenance as make_provenance, results_dir, results_root, stored_path, write_bytes
 
 # %% ../nbs/03_extraction.ipynb #83ab037e
@@ -177,74 +176,6 @@ def smooth_codes(
     root = vectors * np.sqrt(np.maximum(values, 0))
     fields = root @ rng(seed, "smooth", dimensions).normal(size=(n, len(root), dimensions))
     return fields @ fields.swapaxes(1, 2)
-
-# %% ../nbs/03_extraction.ipynb #c4460086
-def around(
-    values:np.ndarray, # (1 + k,): the measured value, then the value without each of the k units
-    floor:float=-1.0, # smallest value there can be: 0 for a share, −1 for a cosine or a difference of shares
-)->dict: # {value, low, high, n}; n = k
-    """The value with its 95 % interval: jackknife over units, Student's t with k − 1 degrees of freedom.
-
-    The interval is kept between `floor` and 1 and always contains the value; there is none for a single unit or where a
-    value is not a number."""
-    value, without = float(values[0]), np.asarray(values[1:], dtype=float)
-    k = len(without)
-    if k < 2 or not np.isfinite(without).all():
-        return {"value": value, "low": None, "high": None, "n": k}
-    half = student.ppf(0.975, k - 1) * np.sqrt((k - 1) / k * ((without - without.mean()) ** 2).sum())
-    low, high = max(value - half, floor), min(value + half, 1.0)
-    return {"value": value, "low": float(min(value, low)), "high": float(max(value, high)), "n": k}
-
-
-def leave_one_out(
-    weights:np.ndarray, # (k,) pairs behind each object
-)->np.ndarray: # (1 + k, k), rows sum to 1; the first is all objects as they are
-    "Weights of the objects in their mean, and in the mean without each of them (zeros where nothing is left)."
-    share = np.concatenate([np.ones((1, len(weights))), 1 - np.eye(len(weights))]) * weights
-    total = share.sum(1, keepdims=True)
-    return np.divide(share, total, out=np.zeros_like(share), where=total > 0)
-
-
-def resample(
-    weights:np.ndarray, # pairs behind each object
-    n_draws:int=1000,
-    seed:int=0,
-)->np.ndarray: # (1 + n_draws, object), rows sum to 1; the first is all objects as they are
-    "Weights of the objects in the mean and in its bootstrap draws."
-    k = len(weights)
-    draws = rng(seed, "objects").multinomial(k, np.full(k, 1 / k), size=n_draws)
-    share = np.concatenate([np.ones((1, k)), draws]) * weights
-    return share / share.sum(1, keepdims=True)
-
-
-def with_interval(
-    measure, # function of one stack of Gram matrices (n, m², m²) for each array of `units`, returning {name: (n,)}
-    *units:np.ndarray, # (object, m², d) each
-    weights:np.ndarray, # pairs behind each object
-    floor:float=-1.0, # smallest value of the measures, see `around`
-    n_draws:int|None=None, # of the bootstrap there used to be; a jackknife draws nothing
-    seed:int|None=None, # likewise
-)->dict[str, dict]: # {name: {value, low, high, n}}; n is the number of objects
-    "Measure the mean over objects, with an interval over the objects (`around`)."
-    share, grams = leave_one_out(weights), []
-    for unit in units:
-        flat = np.asarray(unit, dtype=np.float64).reshape(-1, unit.shape[-1])
-        gram = (flat @ flat.T).reshape(len(unit), unit.shape[1], len(unit), unit.shape[1])
-        grams.append(np.einsum("no,np,oipj->nij", share, share, gram, optimize=True))
-    return {name: around(values, floor) for name, values in measure(*grams).items()}
-
-# %% ../nbs/03_extraction.ipynb #5ab4be55
-def over_null(
-    *found:dict, # {value, low, high, n, null_high}, as `SpatialIDs.statistics` gives them
-)->dict: # {value, low, high, n}
-    """The value less the 95 % quantile of its null; of several numbers the smallest, and the smallest of either end.
-
-    All of them stand out if the whole interval is above 0 (intersection-union test: each at its own 5 %)."""
-    smallest = {"n": min(one["n"] for one in found)}
-    for end in ("value", "low", "high"):
-        there = all(one[end] is not None for one in found)
-        smallest[end] = min(one[end] - one["null_high"] for one in found) if there else None
-    return smallest
 
 # %% ../nbs/03_extraction.ipynb #8ebfb4e9
 @dataclass(repr=False)

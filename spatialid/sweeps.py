@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['THRESHOLDS', 'first_affected', 'Clean', 'Cells', 'Resumed', 'attention', 'Batch', 'Sweep', 'sweep', 'in_float64',
-           'middle_third', 'swept_layers', 'layers_near', 'at_every_layer', 'Shift']
+           'middle_third', 'swept_layers', 'layers_near', 'at_every_layer', 'Shift', 'change', 'odds', 'slope']
 
 # %% ../nbs/00_sweeps.ipynb #5b9b04c3
 import inspect, time, warnings
@@ -575,3 +575,28 @@ def summary(self:Shift,
         found["ratio"] = bootstrap(pairs, lambda v: v[:, :-1].sum(0) / v[:, -1].sum(), seed=seed)
         found.update(median=bootstrap(each, np.median, seed=seed), mean=each.mean(0), std=each.std(0, ddof=1) if len(each) > 1 else none)
     return {**found, "excluded": int((~used).sum()), "threshold": self.threshold}
+
+# %% ../nbs/00_sweeps.ipynb #f150c28e
+def change(
+    s, # a `Sweep`
+    name:str, # of an edit
+) -> np.ndarray: # (L, B, A)
+    "Change of the log-probability of every answer: steered less original."
+    return (s.log_probs[name] - s.base_log_probs).double().numpy()
+
+# %% ../nbs/00_sweeps.ipynb #91e30140
+def odds(
+    x:np.ndarray, # (..., 2) log-probabilities, or changes of them
+) -> np.ndarray: # (...)
+    "Log-odds of the second answer against the first."
+    return x[..., 1] - x[..., 0]
+
+# %% ../nbs/00_sweeps.ipynb #1c8e166a
+def slope(
+    values:np.ndarray, # (..., K)
+    x:np.ndarray, # (K,) or (..., K)
+) -> np.ndarray: # (...)
+    "Least-squares slope of values on x."
+    x = np.broadcast_to(x, values.shape)
+    x = x - x.mean(-1, keepdims=True)
+    return (x * values).sum(-1) / (x**2).sum(-1)

@@ -28,16 +28,17 @@ from PIL import ImageOps
 from scipy.stats import rankdata
 
 from .edits import at_place, gaussian, pushing
-from .extraction import SpatialIDs, null_of, resample, with_interval
+from .extraction import SpatialIDs, null_of
+from .groups import figure4_groups, object_spans, random_words
 from .hooks import VLM
-from .mirror_swap import estimate, figure4_groups, object_spans, plot_curves, random_words
+from .plots import plot_curves
 from .query import Query
 from .questions import BEFORE_AFTER, LEFT_RIGHT
 from .scenes import FreeScenes, Scene
-from .stats import bootstrap, rng, shown
-from .steering import change, odds, slope, ticks
+from .stats import bootstrap, estimate, resample, rng, shown, with_interval
+from .plots import ticks
 from .store import OKABE_ITO, load_results, results_dir
-from .sweeps import sweep
+from .sweeps import change, odds, slope, sweep
 from .videos import GridVideo, Video, Videos, read_video, write_video
 
 # %% ../nbs/08_temporal.ipynb #98dc6985

@@ -38,16 +38,16 @@ from transformers import LlavaForConditionalGeneration
 
 from .claims import report
 from .edits import add, at_place, moves, pushing
-from .extraction import (
-    SpatialIDs, add_batch, cell_colour, extract, finish, grid_statistics, index_scenes, new_state, orthonormal,
-    plot_ids, subsample, with_interval)
+from spatialid.extraction import (
+    IDAccumulator, SpatialIDs, cell_colour, extract, grid_statistics, index_scenes, orthonormal, plot_ids,
+    subsample)
 from .hooks import VLM
 from .organisms import BUILDERS, WHERE, Recipe, Stage, build, train, training_log
 from .query import Query
 from .questions import LEFT_RIGHT, questions
 from .scenes import OBJECTS, FreeScenes, GridScene, GridScenes, Objects, grid_pairs
-from .stats import bootstrap, over_seeds, rng, shown
-from .steering import ticks
+from .stats import bootstrap, over_seeds, rng, shown, with_interval
+from .plots import ticks
 from .store import OKABE_ITO, load_results, provenance, results_dir, write_bytes, write_json
 from .sweeps import attention, in_float64, middle_third, sweep
 
@@ -1008,7 +1008,7 @@ class _Sums:
     def __init__(self, index, target, protocol):
         self.index, self.protocol = index, protocol
         self.target = np.asarray(target, dtype=np.float64).reshape(index.m**2, -1)
-        self.state, self.means = {}, {} # {part: sums}, {pair: `Means`}
+        self.state, self.means = {}, {} # {part: `IDAccumulator`}, {pair: `Means`}
         self.attention = self.basis = self.seen = self.error = 0.0
 
     def add_parts(self, rows, parts): # of `_parts`
@@ -1019,8 +1019,9 @@ class _Sums:
         phi["shares"] = heads @ self.target.T
         for name, written_ in phi.items():
             if name not in self.state:
-                self.state[name] = new_state(self.index, written_.shape[1], 0, written_.shape[2], np.float64)
-            add_batch(self.state[name], self.index, rows, written_, self.protocol, [])
+                layers = range(1, written_.shape[1] + 1)
+                self.state[name] = IDAccumulator(self.index, layers, self.protocol)
+            self.state[name].add(rows, written_.astype(np.float64))
         self.attention = self.attention + np.stack([_plain(part.attention) for part in parts], 1).sum(0)
         self.error = max(self.error, *(part.error for part in parts))
 
@@ -1033,8 +1034,7 @@ class _Sums:
 
     def table(self, name, template):
         "The IDs of one of the parts."
-        layers = list(range(1, len(self.state[name]["origin"]) + 1))
-        return finish(self.state[name], self.index, layers, [], template, self.protocol, {})
+        return self.state[name].finish(template)
 
     def written(self, template, n_scenes)->Written:
         "What the sums come to."

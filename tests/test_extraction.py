@@ -14,14 +14,13 @@ import pytest
 import torch
 from PIL import Image
 
-from spatialid.data import placed
+from spatialid.benchmarks import placed
 from spatialid import extraction
-from spatialid.extraction import (IDAccumulator, SpatialIDs, around, axis_null, choices, choose_layer, compare_slots,
-                                  cosines, disjoint_halves, effective_dimensions, exchanged, extract, grid_axes,
-                                  grid_design, grid_null, grid_statistics, index_scenes, leave_one_out, on_axes,
-                                  orthonormal, over_null, over_subsets, pair_weights, smooth_codes, spread_layers,
-                                  stored_ids, subsample, subset_cosines, with_interval)
-from spatialid.hooks import VLM, Query
+from spatialid.extraction import (
+    IDAccumulator, SpatialIDs, axis_null, choices, choose_layer, compare_slots, cosines, disjoint_halves, effective_dimensions, exchanged, extract, grid_axes, grid_design, grid_null, grid_statistics, index_scenes, on_axes, orthonormal, over_subsets, pair_weights, smooth_codes, spread_layers, stored_ids, subsample, subset_cosines)
+from spatialid.stats import around, leave_one_out, over_null, with_interval
+from spatialid.hooks import VLM
+from spatialid.query import Query
 from tiny import tiny_llava
 
 COLOURS = {"cup": (220, 40, 40), "star": (40, 60, 230), "hot dog": (240, 200, 30)}

@@ -11,9 +11,12 @@ import torch
 from PIL import Image
 
 from spatialid import mirror_swap as ms
-from spatialid.data import Benchmark, FreeScenes, write_benchmark
-from spatialid.hooks import VLM, Query
-from spatialid.results import rng, size_of, style, told
+from spatialid.benchmarks import Benchmark, write_benchmark
+from spatialid.scenes import FreeScenes
+from spatialid.hooks import VLM
+from spatialid.query import Query
+from spatialid.stats import rng, absolute, shown
+from spatialid.store import style
 from spatialid.sweeps import sweep
 from tiny import tiny, tiny_llava
 
@@ -240,16 +243,16 @@ def test_estimate_counts_draws_without_a_value():
     one = ms.estimate(np.array([2., 1, 3, np.nan, np.nan]), 7)
     assert one["value"] == 2 and 1 <= one["low"] <= one["high"] <= 3 and (one["n"], one["none"]) == (7, .5)
     assert ms.estimate(np.full(5, np.nan), 7) == {"value": None, "low": None, "high": None, "n": 7, "none": 1.0}
-    assert told(ms.estimate(np.full(5, np.nan), 7)) == "none" and told(one, 1).startswith("2.0 [")
+    assert shown(ms.estimate(np.full(5, np.nan), 7)) == "none" and shown(one, 1).startswith("2.0 [")
 
 
 @pytest.mark.parametrize("low, high, expected", [
     (.1, .3, (.2, .1, .3)), (-.3, -.1, (.2, .1, .3)), (-.1, .3, (.1, 0, .3))])
 def test_size_of_an_interval(low, high, expected):
-    found = size_of({"value": (low + high) / 2, "low": low, "high": high, "n": 1})
+    found = absolute({"value": (low + high) / 2, "low": low, "high": high, "n": 1})
     assert (found["value"], found["low"], found["high"]) == pytest.approx(expected)
-    assert size_of({"value": -2, "low": None, "high": None, "n": 1})["value"] == 2
-    assert size_of({"value": None, "low": None, "n": 0})["value"] is None
+    assert absolute({"value": -2, "low": None, "high": None, "n": 1})["value"] == 2
+    assert absolute({"value": None, "low": None, "n": 0})["value"] is None
 
 
 def test_signal_to_noise():
@@ -310,7 +313,7 @@ def test_the_legend_and_the_notes_stand_above_the_curves(n, shared):
 
 @pytest.mark.parametrize("layers, expected", [(range(1, 9), 8), (range(1, 33), 8), (range(2, 29), 7)])
 def test_ticks(layers, expected):
-    found = ms.ticks(list(layers))
+    found = ms.eight_of(list(layers))
     assert len(found) == expected and found[-1] == max(layers)
 
 

@@ -7,7 +7,8 @@ import pytest
 
 from spatialid.cards import perplexity
 from spatialid.diagnosis import decide, resampled_losses
-from spatialid.extraction import around, leave_one_out, over_null, over_subsets
+from spatialid.extraction import over_subsets
+from spatialid.stats import around, leave_one_out, over_null
 from spatialid.finetune import crossed
 from spatialid.stats import absolute
 from spatialid.stats import bootstrap, over_seeds, spanning, wilson
