@@ -8,8 +8,6 @@ __all__ = ['Z95', 'rng', 'Estimate', 'spanning', 'bootstrap', 'wilson', 'student
 
 # %% ../nbs/lib/stats.ipynb #427a7154
 import hashlib, math
-from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -24,32 +22,30 @@ def rng(
     return np.random.default_rng(int.from_bytes(digest[:16], "little"))
 
 # %% ../nbs/lib/stats.ipynb #88ce19c7
-@dataclass(frozen=True, eq=False)
-class Estimate(Mapping):
-    """A number with its 95 % interval and the number of independent units behind it.
+class Estimate(dict):
+    """A number with its 95 % interval and the number of independent units behind it; a dictionary of these four.
 
-    Arrays of numbers are estimates of one shape, indexed by position. ValueError for an interval that misses its value."""
-    value: object # a number, an array of them, or None where there is none
-    low: object = None # None: no interval
-    high: object = None
-    n: int = 0 # independent units: what was resampled, or counted
+    Arrays of numbers are estimates of one shape, indexed by position. ValueError for an interval that misses its
+    value."""
+    value, low, high, n = (property(lambda self, key=key: self[key]) for key in ("value", "low", "high", "n"))
 
-    def __post_init__(self):
-        if self.low is None or self.high is None or self.value is None: return
-        low, value, high = (np.asarray(x, dtype=float) for x in (self.low, self.value, self.high))
-        if (low > value).any() or (value > high).any():
-            raise ValueError(f"the interval [{self.low}, {self.high}] misses its value {self.value}: "
+    def __init__(self,
+        value, # a number, an array of them, or None where there is none
+        low=None, high=None, # ends of the interval; None: there is none
+        n:int=0, # independent units: what was resampled, or counted
+    ):
+        super().__init__(value=value, low=low, high=high, n=n)
+        if value is None or low is None or high is None: return
+        ends = [np.asarray(end, dtype=float) for end in (low, value, high)]
+        if (ends[0] > ends[1]).any() or (ends[1] > ends[2]).any():
+            raise ValueError(f"the interval [{low}, {high}] misses its value {value}: "
                              "compute both from the same sample")
 
     def __getitem__(self, key):
-        if key in ("value", "low", "high", "n"): return getattr(self, key)
-        if isinstance(key, str): raise KeyError(key)
-        ends = (None if end is None else np.asarray(end)[key] for end in (self.value, self.low, self.high))
-        return Estimate(*(end if end is None or end.ndim else end.item() for end in ends), self.n)
+        if isinstance(key, str): return super().__getitem__(key)
+        parts = [None if end is None else np.asarray(end)[key].tolist() for end in (self.value, self.low, self.high)]
+        return Estimate(*parts, self.n)
 
-    def __iter__(self): return iter(("value", "low", "high", "n"))
-    def __len__(self): return 4
-    def __eq__(self, other): return isinstance(other, Mapping) and dict(self) == dict(other)
     def __repr__(self): return shown(self) + (f", n {self.n:,}" if self.n else "")
 
 # %% ../nbs/lib/stats.ipynb #66840db3
@@ -79,8 +75,8 @@ def bootstrap(
 ) -> Estimate: # of the shape of the statistic
     """The statistic of `values` with its percentile bootstrap interval. Efron (1979). ValueError for an empty sample.
 
-    The interval contains its value. It is too narrow for fewer than about 30 values, for skewed ones and for shares near
-    0 or 1, where resampling hardly varies: it covers the mean of ten normal values in 91 of 100 samples."""
+    The interval contains its value. It is too narrow for fewer than about 30 values, for skewed ones and for shares
+    near 0 or 1, where resampling hardly varies: it covers the mean of ten normal values in 91 of 100 samples."""
     values = np.asarray(values, dtype=float)
     size = values.shape[0] if values.ndim else 0
     if not size: raise ValueError("bootstrap needs at least one value: the sample is empty")
@@ -129,14 +125,14 @@ def absolute(
     estimate, # an `Estimate`, or a dictionary with value, low and high; None where there is no number or no interval
 ) -> dict: # the same entries
     "The interval of an absolute value."
-    value, low, high = (estimate[key] for key in ("value", "low", "high"))
+    value, low, high = (estimate.get(key) for key in ("value", "low", "high"))
     if value is None: return {**estimate}
     if low is None: return {**estimate, "value": abs(value)}
     ends = sorted(map(abs, (low, high)))
     return {**estimate, "value": abs(value), "low": 0.0 if low <= 0 <= high else ends[0], "high": ends[1]}
 
 def shown(
-    estimate, # an `Estimate`, or a dictionary with value, low and high; or why there is no number in `not_judged`; or None
+    estimate, # an `Estimate`, a dictionary with value, low, high (or `not_judged`: why there is no number), or None
     digits:int=2,
 ) -> str: # ".91 [.88, .94]"
     "A number with its interval, as text."

@@ -10,6 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
+from spatialid.store import read_results
+from spatialid.groups import figure4_groups, object_spans, text_but_objects, whole_objects
 from spatialid import mirror_swap as ms
 from spatialid.benchmarks import Benchmark, write_benchmark
 from spatialid.scenes import FreeScenes
@@ -115,11 +117,11 @@ def test_moving_mirrors_the_places_alone():
 
 def test_released_text_begins_two_image_tokens_early(vlm, base):
     q = base[0]
-    text, released, image = (vlm.positions(q, g) for g in ("text", ms.figure4_groups(vlm, "released")["text"], "image"))
+    text, released, image = (vlm.positions(q, g) for g in ("text", figure4_groups(vlm, "released")["text"], "image"))
     assert released == image[-2:] + text
-    others = lambda protocol: {k: v for k, v in ms.figure4_groups(vlm, protocol).items() if k != "text"}
+    others = lambda protocol: {k: v for k, v in figure4_groups(vlm, protocol).items() if k != "text"}
     assert others("released") == others("paper")
-    with pytest.raises(KeyError): ms.figure4_groups(vlm, "other")
+    with pytest.raises(KeyError): figure4_groups(vlm, "other")
 
 
 def characters(vlm, q, rows):
@@ -133,21 +135,21 @@ def characters(vlm, q, rows):
 def test_groups_of_words(vlm, base):
     for q in base:
         subject, object = q.words["subject"], q.words["object"]
-        whole = ms.whole_objects(vlm)(q)
+        whole = whole_objects(vlm)(q)
         assert characters(vlm, q, whole) == {subject, object}
-        assert set(vlm.positions(q, "objects")) <= set(vlm.positions(q, ms.whole_objects(vlm)))
-        beside = ms.whole_objects(vlm, 1)(q)
+        assert set(vlm.positions(q, "objects")) <= set(vlm.positions(q, whole_objects(vlm)))
+        beside = whole_objects(vlm, 1)(q)
         # the neighbour may be the bare space before the word
         assert set(whole) < set(beside) and len(beside) == len(whole) + 4
         assert characters(vlm, q, beside) <= {subject, object, "the", "to"}
-        assert not set(ms.text_but_objects(vlm)(q)) & set(vlm.positions(q, ms.whole_objects(vlm)))
-        rest, words = (vlm.positions(q, group(vlm)) for group in (ms.text_but_objects, ms.whole_objects))
+        assert not set(text_but_objects(vlm)(q)) & set(vlm.positions(q, whole_objects(vlm)))
+        rest, words = (vlm.positions(q, group(vlm)) for group in (text_but_objects, whole_objects))
         assert sorted(rest + words) == vlm.positions(q, "text")
 
 
 @pytest.mark.parametrize("draw", range(5))
 def test_random_words_avoid_objects_answers_and_everything_special(vlm, base, draw):
-    group = ms.random_words(vlm, 2, lambda q: ms.object_spans(q) + q.answer_spans(), draw)
+    group = ms.random_words(vlm, 2, lambda q: object_spans(q) + q.answer_spans(), draw)
     for q in base:
         rows = group(q)
         assert len(set(rows)) == 2 and rows == group(q)
@@ -156,16 +158,16 @@ def test_random_words_avoid_objects_answers_and_everything_special(vlm, base, dr
 
 
 def test_random_words_differ_between_draws_and_run_out_with_a_clear_error(vlm, base):
-    draws = {tuple(ms.random_words(vlm, 2, ms.object_spans, i)(base[0])) for i in range(8)}
+    draws = {tuple(ms.random_words(vlm, 2, object_spans, i)(base[0])) for i in range(8)}
     assert len(draws) > 1
-    with pytest.raises(ValueError, match="has only"): ms.random_words(vlm, 99, ms.object_spans, 0)(base[0])
+    with pytest.raises(ValueError, match="has only"): ms.random_words(vlm, 99, object_spans, 0)(base[0])
 
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "internvl", "smolvlm"])
 def test_groups_on_other_families(family, base):
     vlm, q = VLM(*tiny(family)), base[0]
-    drawn = ms.random_words(vlm, 2, lambda q: ms.object_spans(q) + q.answer_spans(), 0)
-    for group in (ms.whole_objects(vlm, 1), ms.text_but_objects(vlm), drawn):
+    drawn = ms.random_words(vlm, 2, lambda q: object_spans(q) + q.answer_spans(), 0)
+    for group in (whole_objects(vlm, 1), text_but_objects(vlm), drawn):
         assert set(vlm.positions(q, group)) < set(vlm.positions(q, "text"))
 
 
@@ -175,7 +177,7 @@ def test_image_and_text_tile_what_differs(vlm, base):
     "The identity the notebook shows: the swap of one part is the swap of the other part the other way round."
     vlm64 = VLM(*tiny_llava(px=32, dtype=torch.float64))
     source = [ms.mirrored(q) for q in base]
-    groups = {name: ms.figure4_groups(vlm64)[name] for name in ("image", "text")}
+    groups = {name: figure4_groups(vlm64)[name] for name in ("image", "text")}
     there, back = sweep(vlm64, base, source, groups), sweep(vlm64, source, base, groups, plain=True)
     for a, b in (("image", "text"), ("text", "image")):
         assert (there.log_probs[a] - back.log_probs[b]).abs().max() < 1e-9
@@ -282,7 +284,7 @@ def test_belief_follows():
 def test_figures_can_be_drawn(vlm, base):
     from matplotlib.figure import Figure
     source = [ms.mirrored(q) for q in base]
-    s = sweep(vlm, base, source, ms.figure4_groups(vlm))
+    s = sweep(vlm, base, source, figure4_groups(vlm))
     fig = Figure()
     ms.belief_figure(fig, base, source, s, 1, 2, "objects")
     assert len(fig.axes) == 4 and fig._suptitle.get_text() == base[1].text
@@ -322,7 +324,7 @@ def test_ticks(layers, expected):
 def test_results_are_complete():
     "Every rule of claims.json finds its number, or the file says that the model cannot be judged."
     path = ROOT/"results"/"llava-tiny"/"02_mirror_swap.json"
-    found = json.loads(path.read_text())
+    found = read_results(path)
     rules = [claim["rule"] for claim in json.loads((ROOT/"nbs"/"claims.json").read_text()) if claim["rule"]]
     rules = [rule for rule in rules if rule["notebook"] == "02_mirror_swap"]
     assert len(rules) == 8
@@ -346,7 +348,7 @@ def test_results_are_complete():
 def test_the_stored_log_probabilities_give_the_stored_curve():
     from safetensors.torch import load_file
     folder = ROOT/"results"/"llava-tiny"
-    t, found = load_file(folder/"02_mirror_swap.safetensors"), json.loads((folder/"02_mirror_swap.json").read_text())
+    t, found = load_file(folder/"02_mirror_swap.safetensors"), read_results(folder/"02_mirror_swap.json")
     truth = t["mirror/truth"]
     def lead(x):
         right = truth.expand(x.shape[:-1])[..., None]

@@ -7,6 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
+from spatialid.edits import at_place, permuted_places
+from spatialid.hooks import RULES, scaled
+from spatialid.questions import questions
+from spatialid.sweeps import change, layers_near, slope, swept_layers
 from spatialid.store import read_results
 from spatialid.scenes import between
 from spatialid import steering as st
@@ -42,22 +46,22 @@ def vector(vlm, seed=0): return torch.tensor(np.random.default_rng(seed).normal(
 def test_each_rule_is_its_formula():
     x, to, frm = (torch.randn(3, 7, dtype=torch.float64) for _ in range(3))
     size, unit = x.norm(dim=1, keepdim=True), lambda v: v / v.norm(dim=1, keepdim=True)
-    assert torch.allclose(st.scaled(to, frm, x, 2, "raw"), 2 * (to - frm))
-    assert torch.allclose(st.scaled(to, frm, x, 2, "diff_norm"), 2 * size * unit(to - frm))
-    assert torch.allclose(st.scaled(to, frm, x, 2, "each_norm"), 2 * size * (unit(to) - unit(frm)))
-    assert torch.allclose(st.scaled(to, None, x, 2), 2 * size * unit(to))
-    with pytest.raises(ValueError, match="diff_norm, each_norm, raw"): st.scaled(to, frm, x, 2, "other")
+    assert torch.allclose(scaled(to, frm, x, 2, "raw"), 2 * (to - frm))
+    assert torch.allclose(scaled(to, frm, x, 2, "diff_norm"), 2 * size * unit(to - frm))
+    assert torch.allclose(scaled(to, frm, x, 2, "each_norm"), 2 * size * (unit(to) - unit(frm)))
+    assert torch.allclose(scaled(to, None, x, 2), 2 * size * unit(to))
+    with pytest.raises(ValueError, match="diff_norm, each_norm, raw"): scaled(to, frm, x, 2, "other")
 
 
-@pytest.mark.parametrize("rule", st.RULES)
+@pytest.mark.parametrize("rule", RULES)
 def test_two_equal_places_push_nothing(rule):
     x, to = torch.randn(2, 3, 7)
-    assert torch.equal(st.scaled(to, to, x, 5, rule), torch.zeros_like(x))
+    assert torch.equal(scaled(to, to, x, 5, rule), torch.zeros_like(x))
 
 
 def test_half_precision_is_scaled_in_float32():
     x = torch.full((4,), 200.0, dtype=torch.float16) # the squares overflow
-    push = st.scaled(torch.ones(4), None, x, 5)
+    push = scaled(torch.ones(4), None, x, 5)
     assert push.dtype == torch.float16 and torch.equal(push, torch.full((4,), 1000.0, dtype=torch.float16))
 
 
@@ -70,7 +74,7 @@ def by_hooks(vlm, batch, layer, where, v, scale, rule, steps):
     "Greedy generation without a cache: one whole pass per token, the rows of the prompt changed in each by a forward hook on the receiving module."
     def hook(module, args):
         h = args[0].clone()
-        for b, row in where: h[b, row] = h[b, row] + st.scaled(v, None, h[b, row], scale, rule)
+        for b, row in where: h[b, row] = h[b, row] + scaled(v, None, h[b, row], scale, rule)
         return (h, *args[1:])
     handle = vlm.receivers[layer - 1].register_forward_pre_hook(hook)
     batch, logits = dict(batch), []
@@ -124,10 +128,10 @@ def test_nothing_remains_after_the_with(llava):
     assert hooks() == before and torch.equal(llava.run(query).logits, plain)
 
 
-@pytest.mark.parametrize("rule", st.RULES)
+@pytest.mark.parametrize("rule", RULES)
 def test_steer_is_patch(llava, rule):
     queries, to, frm = [ask(), ask("dog", "cat", 3)], vector(llava, 1)[1], vector(llava, 2)[1]
-    with llava.patch({2: ("subject", lambda rows: rows + st.scaled(to, frm, rows, 2, rule))}): wanted = llava.run(queries).logits
+    with llava.patch({2: ("subject", lambda rows: rows + scaled(to, frm, rows, 2, rule))}): wanted = llava.run(queries).logits
     with llava.steer(queries, {"subject": (to, frm)}, layer=2, scale=2, rule=rule): found = llava.run(queries).logits
     assert torch.equal(found, wanted)
 
@@ -200,13 +204,13 @@ def grid_ids(vlm, m=4, seed=0, linear=False):
 def test_places_are_exact_at_cells_and_linear_between_and_beyond():
     ids = np.random.default_rng(0).normal(size=(4, 4, 5))
     y, x = np.mgrid[:4, :4]
-    assert np.allclose(st.at_place(ids, np.stack([x, y], -1)), ids)
-    assert np.allclose(st.at_place(ids, (1.5, 2)), (ids[2, 1] + ids[2, 2]) / 2)
-    assert np.allclose(st.at_place(ids, (4, 1)), 2 * ids[1, 3] - ids[1, 2])
-    assert np.allclose(st.at_place(ids, (0, -1)), 2 * ids[0, 0] - ids[1, 0])
+    assert np.allclose(at_place(ids, np.stack([x, y], -1)), ids)
+    assert np.allclose(at_place(ids, (1.5, 2)), (ids[2, 1] + ids[2, 2]) / 2)
+    assert np.allclose(at_place(ids, (4, 1)), 2 * ids[1, 3] - ids[1, 2])
+    assert np.allclose(at_place(ids, (0, -1)), 2 * ids[0, 0] - ids[1, 0])
     h, v = np.random.default_rng(1).normal(size=(2, 5))
     line = x[..., None] * h + y[..., None] * v
-    for place in np.random.default_rng(2).uniform(-3, 7, (20, 2)): assert np.allclose(st.at_place(line, place), place[0] * h + place[1] * v)
+    for place in np.random.default_rng(2).uniform(-3, 7, (20, 2)): assert np.allclose(at_place(line, place), place[0] * h + place[1] * v)
 
 
 def test_moves_take_every_row_of_every_query_to_its_place(llava):
@@ -222,7 +226,7 @@ def test_moves_take_every_row_of_every_query_to_its_place(llava):
 def test_an_edit_of_a_sweep_is_steering_the_model(llava):
     ids, queries = grid_ids(llava), [ask("cup", "star", i) for i in range(3)]
     to, frm = np.tile([[[0, 0], [3, 0]]], (3, 1, 1)), np.tile([[[3, 0], [0, 0]]], (3, 1, 1))
-    for rule in st.RULES:
+    for rule in RULES:
         s = sweep(llava, queries, edits={"ID": (("subject", "object"), st.pushing(st.moves(ids, to, frm), 2, rule))})
         for layer in (1, 3):
             left, right = (torch.as_tensor(ids.at(layer)[0, x]) for x in (0, 3))
@@ -235,9 +239,9 @@ def test_an_edit_of_a_sweep_is_steering_the_model(llava):
 
 def test_controls_have_the_norm_of_what_they_replace(llava):
     ids, rows = grid_ids(llava), torch.randn(3, 2, llava.width, dtype=torch.float64)
-    to, frm = st.permuted_places(3, 4, 0, 0)
+    to, frm = permuted_places(3, 4, 0, 0)
     find = st.moves(ids, to, frm)
-    for rule in st.RULES:
+    for rule in RULES:
         one = st.pushing(find, 2, rule)(rows, 1, slice(0, 3)) - rows
         other = st.pushing(find, 2, rule, instead=st.gaussian(llava.width, 2, 0, 0))(rows, 1, slice(0, 3)) - rows
         assert torch.allclose(one.norm(dim=-1), other.norm(dim=-1)) and not torch.allclose(one, other)
@@ -254,7 +258,7 @@ def test_noise_depends_on_query_layer_and_draw_alone():
 
 
 def test_dealt_cells_differ_and_the_object_goes_the_other_way():
-    to, frm = st.permuted_places(50, 4, 0, 0)
+    to, frm = permuted_places(50, 4, 0, 0)
     assert to.shape == (50, 2, 2) and to.min() >= 0 and to.max() <= 3 and (to[:, 0] != frm[:, 0]).any(1).all()
     assert np.array_equal(to[:, 0], frm[:, 1]) and np.array_equal(to[:, 1], frm[:, 0])
 
@@ -270,15 +274,15 @@ def test_opposing_pushes_oppose_the_belief():
 @pytest.mark.slow
 def test_questions_have_one_wording_and_order_and_their_own_pictures(tmp_path):
     scenes = FreeScenes(1000, seed="test", px=32)
-    found = st.questions(scenes, 6)
+    found = questions(scenes, 6)
     assert [q.kind for q in found] == ["left_right", "above_below"] * 3 and {q.answers for q in found} == {("left", "right"), ("above", "below")}
     assert len({np.asarray(q.image).tobytes() for q in found}) == 6 and all(q.truth in q.answers for q in found)
-    assert [q.text for q in found] == [q.text for q in st.questions(scenes, 6)]
-    assert st.questions(scenes, 1, instruction=' "{}" or "{}"?')[0].text == found[0].text + ' "left" or "right"?'
+    assert [q.text for q in found] == [q.text for q in questions(scenes, 6)]
+    assert questions(scenes, 1, instruction=' "{}" or "{}"?')[0].text == found[0].text + ' "left" or "right"?'
     rows = Benchmark(write_benchmark(tmp_path, 30, px=32))
-    some = st.questions(rows, 100)
+    some = questions(rows, 100)
     assert len(some) == len({row.image_id for row in rows}) and {q.kind for q in some} == {"left_right", "above_below"}
-    assert all(q.kind == "left_right" for q in st.questions(rows, 100, kinds=("left_right",)))
+    assert all(q.kind == "left_right" for q in questions(rows, 100, kinds=("left_right",)))
 
 
 def test_arranged_scenes_ask_what_they_show():
@@ -300,7 +304,7 @@ def test_arranged_scenes_ask_what_they_show():
 
 def test_the_edits_of_figure_2():
     vlm, g = VLM.load("llava-tiny"), np.random.default_rng(0)
-    asked = st.questions(FreeScenes(100, seed=4), 4)
+    asked = questions(FreeScenes(100, seed=4), 4)
     ids = SpatialIDs(g.standard_normal((1, 1, 8, 4, 4, vlm.width)), np.ones((1, 1, 4, 4)), ["all"], [224], list(range(1, 9)), [("a", "all")], "")
     edits = st.adversarial(vlm, ids, asked, [q.truth for q in asked], alpha=3.0, n_noise=2)
     assert list(edits) == ["ID", "noise 0", "noise 1"]
@@ -316,7 +320,7 @@ def test_the_edits_of_figure_2():
 
 def test_a_point_of_figure_9():
     vlm, g = VLM.load("llava-tiny"), np.random.default_rng(0)
-    asked = st.questions(FreeScenes(100, seed=4), 6)
+    asked = questions(FreeScenes(100, seed=4), 6)
     ids = SpatialIDs(g.standard_normal((1, 1, 8, 4, 4, vlm.width)), np.ones((1, 1, 4, 4)), ["all"], [224], list(range(1, 9)), [("a", "all")], "")
     s = sweep(vlm, asked, edits=st.adversarial(vlm, ids, asked, vlm.run(asked).beliefs, n_noise=2))
     one = st.fig9_numbers(vlm, ids, vlm.run(asked, s.layers, ("subject", "object")), s)
@@ -339,7 +343,7 @@ def made_up(**log_probs):
 def test_swaps_and_changes():
     s = made_up(base=[[-1.0, -2], [-3, -1]], a=[[[-1.0, -2], [-1, -3]], [[-2, -1], [-3, -1]]], b=[[[-2.0, -1], [-1, -3]], [[-2, -1], [-3, -1]]])
     assert st.swapped(s, ["a"]).tolist() == [[0, 1], [1, 0]] and st.swapped(s, ["a", "b"]).tolist() == [[.5, 1], [1, 0]]
-    assert st.odds(st.change(s, "a")).tolist() == [[0, -4], [2, 0]]
+    assert st.odds(change(s, "a")).tolist() == [[0, -4], [2, 0]]
 
 
 def test_layer_rules():
@@ -359,7 +363,7 @@ def test_thirds_and_slopes():
     effect[:, 3:6] = 1
     assert st.share_in_middle(effect, list(range(1, 10)), 9) == 1
     x = np.array([[0, 1, 2, 3], [3, 2, 1, 0]])
-    assert np.allclose(st.slope(2.0 * x + 1, x), 2) and np.allclose(st.slope(np.arange(4.0), np.arange(4)), 1)
+    assert np.allclose(slope(2.0 * x + 1, x), 2) and np.allclose(slope(np.arange(4.0), np.arange(4)), 1)
 
 
 def test_the_released_script_finds_every_equal_token(llava):
@@ -395,12 +399,12 @@ def test_a_pad_of_places(llava):
 # --- deep models: which layers are swept
 
 def test_every_layer_of_a_small_model_and_some_of_a_deep_one_are_swept():
-    assert st.swept_layers(8, 5) == list(range(1, 9)) and st.swept_layers(12, 1) == list(range(1, 13))
-    deep = st.swept_layers(30, 19)
+    assert swept_layers(8, 5) == list(range(1, 9)) and swept_layers(12, 1) == list(range(1, 13))
+    deep = swept_layers(30, 19)
     assert deep == [1, 4, 7, 10, 13, 16, 17, 18, 19, 20, 21, 22, 25, 28, 30]
-    assert st.swept_layers(30, 30, 10, 1) == [1, 11, 21, 29, 30] and st.swept_layers(30, 1, 10, 1) == [1, 2, 11, 21, 30]
-    assert st.layers_near(deep, 30, 19) == [13, 16, 17, 18, 19, 20, 21] and st.layers_near([1, 2, 3], 3, 1) == [1, 2, 3]
-    with pytest.raises(ValueError, match="layer 31 is none of 1 to 30"): st.swept_layers(30, 31)
+    assert swept_layers(30, 30, 10, 1) == [1, 11, 21, 29, 30] and swept_layers(30, 1, 10, 1) == [1, 2, 11, 21, 30]
+    assert layers_near(deep, 30, 19) == [13, 16, 17, 18, 19, 20, 21] and layers_near([1, 2, 3], 3, 1) == [1, 2, 3]
+    with pytest.raises(ValueError, match="layer 31 is none of 1 to 30"): swept_layers(30, 31)
     assert st.ticks(list(range(1, 9))) == list(range(1, 9)) and st.ticks(deep) == [2, 6, 10, 14, 18, 22, 26, 30]
 
 
@@ -412,7 +416,7 @@ def test_layers_between_those_swept_are_interpolated():
     effect = np.zeros((10, 30))
     effect[:, 10:20] = 1
     assert st.share_in_middle(effect, list(range(1, 31)), 30) == 1
-    some = st.swept_layers(30, 19)
+    some = swept_layers(30, 19)
     dense = st.share_in_middle(np.ones((10, len(some))), some, 30)
     assert dense == pytest.approx(10 / 29), "layers that are swept more densely do not count more"
     assert st.readings({"ID": np.ones((15, 8)), "noise": np.zeros((15, 8))}, some, 30)["middle third"]["gain"]["value"] == 1
@@ -446,10 +450,10 @@ def test_a_dose_is_chosen_by_the_gain_on_the_first_questions_alone():
 
 def test_each_word_is_moved_by_the_ids_of_its_slot(llava):
     first, second = grid_ids(llava, seed=0), grid_ids(llava, seed=1)
-    to, frm = st.permuted_places(3, 4, 0, 0)
+    to, frm = permuted_places(3, 4, 0, 0)
     found = st.moves_by_slot([first, second], to, frm)(2, slice(1, 3))
     for end, places in zip(found, (to, frm)):
-        wanted = [st.at_place(torch.as_tensor(ids.at(2)), places[1:3, k]) for k, ids in enumerate((first, second))]
+        wanted = [at_place(torch.as_tensor(ids.at(2)), places[1:3, k]) for k, ids in enumerate((first, second))]
         assert end.shape == (2, 2, llava.width) and torch.equal(end, torch.stack(wanted, 1))
     same = st.moves_by_slot([first, first], to, frm)(2, slice(0, 3))
     assert all(torch.equal(a, b) for a, b in zip(same, st.moves(first, to, frm)(2, slice(0, 3))))
@@ -458,8 +462,8 @@ def test_each_word_is_moved_by_the_ids_of_its_slot(llava):
 
 def test_edits_of_all_doses(llava):
     ids, rows = grid_ids(llava), torch.randn(3, 2, llava.width, dtype=torch.float64)
-    to, frm = st.permuted_places(3, 4, 0, 0)
-    edits = st.dose_edits(st.moves(ids, to, frm), [st.moves(ids, *st.permuted_places(3, 4, 0, 1))], [st.gaussian(llava.width, 2, 0, i) for i in range(2)], (0.25, 5.0))
+    to, frm = permuted_places(3, 4, 0, 0)
+    edits = st.dose_edits(st.moves(ids, to, frm), [st.moves(ids, *permuted_places(3, 4, 0, 1))], [st.gaussian(llava.width, 2, 0, i) for i in range(2)], (0.25, 5.0))
     assert list(edits) == [f"{name} {a}" for a in ("0.25", "5") for name in ("ID", "noise 0", "noise 1", "permuted 0")]
     for name, (group, edit) in edits.items():
         push = edit(rows, 1, slice(0, 3)) - rows
