@@ -15,7 +15,7 @@ from .registry import FLAGSHIP, HUB, bundled
 from .runner import (
     SHORT, RunError, UsageError, check_benchmark, check_model, declared, experiments, find_notebook, medium_of,
     notebooks, parameters_of, parse_parameters, reproduce, run_notebook, takes_no_videos)
-from .stats import shown
+from .stats import as_text
 from .store import moved, own_results_dir, results_dir, results_root
 
 # %% ../nbs/lib/cli.ipynb #87b42ec0
@@ -207,7 +207,7 @@ def _card(name):
     "A model's accuracies from its card, or an empty string."
     path = results_dir(name)/"card.json"
     accuracy = json.loads(path.read_text()).get("accuracy", {}) if path.is_file() else {}
-    return ", ".join(f"{kind} {shown(estimate, 3)}" for kind, estimate in accuracy.items())
+    return ", ".join(f"{kind} {as_text(estimate, 3)}" for kind, estimate in accuracy.items())
 
 def _bundled_lines(name, folder):
     "What there is to say of a bundled model."

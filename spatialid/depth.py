@@ -33,15 +33,15 @@ import torch
 
 from .benchmarks import Benchmark
 from .edits import gaussian, moves, pushing
-from .extraction import SpatialIDs, grid_axes, grid_design, orthonormal, plot_ids, with_interval
+from .extraction import SpatialIDs, grid_axes, grid_design, orthonormal, plot_ids
 from .hooks import VLM
+from .plots import ticks
 from .query import Query
 from .questions import FRONT_BEHIND, QUESTIONS
 from .scenes import COLOURS, OBJECTS, FreeScenes, Scene, Thing, relation
-from .stats import bootstrap, rng, shown
-from .steering import change, odds, slope, ticks
+from .stats import as_text, bootstrap, rng, with_interval
 from .store import OKABE_ITO, load_results, style
-from .sweeps import Sweep, sweep
+from .sweeps import Sweep, change, odds, slope, sweep
 
 # %% ../nbs/05_depth.ipynb #36c3781d
 def _tokens_after(vlm, prompt, form):
@@ -374,7 +374,7 @@ def as_text(
 ): # text, or dictionaries of texts; what is no number stays
     "Numbers with their intervals as text."
     if not isinstance(numbers, Mapping): return numbers
-    if "value" in numbers: return shown(numbers)
+    if "value" in numbers: return as_text(numbers)
     return {key: as_text(number) for key, number in numbers.items()}
 
 def _things(scenes):
@@ -398,7 +398,7 @@ def plot_height_depth(
     _scatter(panels[0], [o for o in ordinary if not o.air], OKABE_ITO[1], "on the ground")
     _scatter(panels[1], flat, OKABE_ITO[2], "at any height")
     for ax, kind in zip(panels, GENERATED):
-        r, lower = (shown(numbers[kind][key]) for key in ("correlation", "lower_in_front"))
+        r, lower = (as_text(numbers[kind][key]) for key in ("correlation", "lower_in_front"))
         ax.set_title(f"{kind}: correlation {r}\nthe lower one is in front: {lower}", fontsize=10)
         ax.set_xlabel("depth (camera heights)")
     panels[0].set_ylabel("height in the picture y (fraction, downwards)")
@@ -741,9 +741,9 @@ def fig7a_table(
     "Pairing and slopes of every arm as text."
     table = {}
     for arm, found in numbers.items():
-        slopes = {which: shown(v) for which, v in found["slopes"].items()}
+        slopes = {which: as_text(v) for which, v in found["slopes"].items()}
         table[TITLES[arm].format(alpha)] = {
-            "pairing": shown(found["pairing"]), "speaks for": speaks_for(found["pairing"]),
+            "pairing": as_text(found["pairing"]), "speaks for": speaks_for(found["pairing"]),
             "slope below/above": slopes["height"], "front/behind": slopes["depth"]}
     return table
 
@@ -955,7 +955,7 @@ def coefficient_table(
     places:dict, # {value, low, high}: (4, 2)
 ) -> dict: # {word: text}
     "Coefficients of the four words on h and v as text."
-    return {word: shown(places[w]) for w, word in enumerate(WORDS)}
+    return {word: as_text(places[w]) for w, word in enumerate(WORDS)}
 
 # %% ../nbs/05_depth.ipynb #ff037701
 AXES = ("below → above", "behind → front", "right → left", "far → near")
@@ -1007,7 +1007,7 @@ def axis_table(
     cosines:dict, # {value, low, high}: (4, 4)
 ) -> dict: # {axis: text}
     "Cosines of the axes of words with below → above as text."
-    return {axis: shown(cosines[0, k]) for k, axis in enumerate(AXES) if k}
+    return {axis: as_text(cosines[0, k]) for k, axis in enumerate(AXES) if k}
 
 # %% ../nbs/05_depth.ipynb #030fb59d
 def draw_words(ax, at:np.ndarray): # (pair, 4, 2)
@@ -1155,7 +1155,7 @@ def specificity(
         found[f"{name}, size"] = bootstrap(np.abs(slopes[name][k, half]), seed=seed)
         found[f"random axis, {name}"] = bootstrap(noise[k, half], seed=seed)
     if found["on"]["low"] <= 0 <= found["on"]["high"]:
-        ratio = not_judged(f"the on-axis slope is {shown(found['on'])}", found["on"]["n"])
+        ratio = not_judged(f"the on-axis slope is {as_text(found['on'])}", found["on"]["n"])
     else: ratio = ratio_of_means(slopes["on"][k, half], slopes["off"][k, half], seed, size=True)
     return {**found, "off_over_on": ratio}
 
@@ -1234,7 +1234,7 @@ def depth_over_height(
     slopes = {which: v[k, pushed.reporting] for which, v in pushed.slopes(arm).items()}
     height = bootstrap(slopes["height"], seed=seed)
     if height["low"] <= 0 <= height["high"]:
-        return not_judged(f"the slope of above/below is {shown(height)}", height["n"])
+        return not_judged(f"the slope of above/below is {as_text(height)}", height["n"])
     return ratio_of_means(slopes["height"], slopes["depth"], seed)
 
 def depth_summary(
@@ -1323,6 +1323,6 @@ def pairing_claim(
     r = correlations(pushed.curves("height")[k, pushed.reporting])
     two = np.stack([r[:, 0, 2], r[:, 1, 3]], 1)
     two = two[np.isfinite(two).all(1)]
-    if at_chance: return not_judged(f"the model answers {shown(depth)} of the questions about depth right", len(two))
+    if at_chance: return not_judged(f"the model answers {as_text(depth)} of the questions about depth right", len(two))
     if not len(two): return not_judged("the push changes no answer", 0)
     return bootstrap(two, lambda v: v.mean(0).min(), seed=seed)

@@ -36,7 +36,7 @@ from safetensors import SafetensorError, safe_open
 from scipy.stats import t as student
 from tqdm import tqdm
 
-from .stats import absolute, around, leave_one_out, over_null, rng, shown, with_interval
+from .stats import absolute, around, as_text, leave_one_out, over_null, rng, with_interval
 from .store import provenance as make_provenance, results_dir, results_root, stored_path, write_bytes
 
 # %% ../nbs/03_extraction.ipynb #83ab037e
@@ -999,7 +999,7 @@ def statistics_table(
     lines = []
     for name, number in statistics.items():
         null = f"null {number['null_mean']:.2f}, 95 % below {number['null_high']:.2f}, p = {number['p']:.3f}"
-        lines.append(f"{name:<10}  {shown(number):<18}  {null}")
+        lines.append(f"{name:<10}  {as_text(number):<18}  {null}")
     return "\n".join(lines)
 
 # %% ../nbs/03_extraction.ipynb #5d4a1190
@@ -1152,9 +1152,9 @@ def plot_figure5(
     ax.set_ylabel("← coefficient on v: further down in the image")
     lines = [f"{name_of(ids)}, layer {layer} of {ids.layers[-1]}"]
     for name, key, what in (("S_x", "linear_x", "column"), ("S_y", "linear_y", "row")):
-        share, null = shown(statistics[key]), f"null, 95 %: {statistics[key]['null_high']:.2f}"
+        share, null = as_text(statistics[key]), f"null, 95 %: {statistics[key]['null_high']:.2f}"
         lines.append(f"{name}: {share} of the variance is linear in the {what} ({null})")
-    plane, cosine = shown(statistics["total"]), shown(statistics["cosine"])
+    plane, cosine = as_text(statistics["total"]), as_text(statistics["cosine"])
     lines.append(f"in the plane of the axes: {plane}; cosine of the axes {cosine}")
     ax.set_title("\n".join(lines), fontsize=9.5)
 
@@ -1326,7 +1326,7 @@ def numbers_table(
     rows:dict, # {name: {key: {value, low, high} or number}}
 )->str:
     "Numbers with their intervals, a line for each row."
-    text = lambda number: shown(number) if hasattr(number, "keys") else f"{number:.2f}"
+    text = lambda number: as_text(number) if hasattr(number, "keys") else f"{number:.2f}"
     lines = {name: ", ".join(f"{key} {text(number)}" for key, number in row.items()) for name, row in rows.items()}
     width = max(len(str(name)) for name in lines)
     return "\n".join(f"{name!s:<{width}}  {line}" for name, line in lines.items())

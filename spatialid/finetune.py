@@ -47,7 +47,7 @@ from .processes import end_with_parent
 from .query import Query
 from .questions import BENCHMARK_KINDS, QUESTIONS
 from .scenes import GridScenes
-from .stats import over_seeds, rng, shown
+from .stats import over_seeds, rng, as_text
 from .store import OKABE_ITO, load_results, results_dir, results_root, write_bytes, write_json
 
 # %% ../nbs/07_finetune.ipynb #21d77c10
@@ -948,7 +948,7 @@ def end_rows(
     logs:dict, # of `gathered`
 ) -> dict: # {arm: {"LM loss": text, ...}}, for `markdown_table`
     "Everything that is measured at the end, with intervals over seeds."
-    return {name: {text: shown(curve(arm, key)[-1], 3) for key, text in MEASURED.items()} for name, arm in logs.items()}
+    return {name: {text: as_text(curve(arm, key)[-1], 3) for key, text in MEASURED.items()} for name, arm in logs.items()}
 
 # %% ../nbs/07_finetune.ipynb #05d261e9
 ARM_COLOURS = dict(zip(ARMS, (OKABE_ITO[i] for i in (7, 5, 3, 2, 1))))

@@ -27,7 +27,7 @@ from .pictures import as_seen
 from .plots import GROUP_COLOURS, dot, frame, legend_above, mark_layers, plot_curves
 from .query import Query
 from .questions import LEFT_RIGHT
-from .stats import absolute, bootstrap, estimate, resample, rng, shown
+from .stats import absolute, bootstrap, estimate, resample, rng, as_text
 from .store import OKABE_ITO
 from .sweeps import sweep
 
@@ -332,7 +332,7 @@ def plot_figure4(
         left.set_xticks([0, *eight_of(c.layers)])
     at, top = readings["crossing"], readings["peak"]["value"]
     if at["value"] is not None:
-        mark_layers(left, at["low"] - shift, at["high"] - shift, f"image → text at ℓ = {shown(at, 1)}", 1, "0.5")
+        mark_layers(left, at["low"] - shift, at["high"] - shift, f"image → text at ℓ = {as_text(at, 1)}", 1, "0.5")
     if top is not None:
         first, last = band(c["objects"][0], c.layers)
         text = f"objects: half of the peak at ℓ = {first:.1f} … {last:.1f}"
@@ -358,7 +358,7 @@ def thirds_table(
     "A table of the mean effects over each third of the layers."
     lines = ["| swapped | first third | middle third | last third |", "|---|---|---|---|"]
     for name, parts in means.items():
-        lines.append(f"| {name} | {' | '.join(shown(number) for number in parts.values())} |")
+        lines.append(f"| {name} | {' | '.join(as_text(number) for number in parts.values())} |")
     return "\n".join(lines)
 
 # %% ../nbs/02_mirror_swap.ipynb #648d958b
@@ -553,8 +553,8 @@ def follows_table(
     lines = ["| pairs | right, base | right, source | right in both | median denominator | left out |",
              "|---|---|---|---|---|---|"]
     for name, (shares, size, excluded, n) in rows.items():
-        right = " | ".join(shown(shares[key]) for key in ("base", "source", "both"))
-        lines.append(f"| {name} | {right} | {shown(size)} nats | {excluded} of {n} |")
+        right = " | ".join(as_text(shares[key]) for key in ("base", "source", "both"))
+        lines.append(f"| {name} | {right} | {as_text(size)} nats | {excluded} of {n} |")
     return "\n".join(lines)
 
 # %% ../nbs/02_mirror_swap.ipynb #eaad6bac
@@ -753,7 +753,7 @@ def missing_claims(
         if kind in follows:
             share = follows[kind]["both"]
         if not judged.get(kind, True):
-            reason = f"the belief follows in {shown(share)} of the pairs ({kind}), not in more than half"
+            reason = f"the belief follows in {as_text(share)} of the pairs ({kind}), not in more than half"
         nothing = {"value": None, "low": None, "high": None, "n": share["n"], "not_judged": reason}
         missing |= {name: nothing for name in names if name not in claims}
     return missing

@@ -35,7 +35,7 @@ from .plots import plot_curves
 from .query import Query
 from .questions import BEFORE_AFTER, LEFT_RIGHT
 from .scenes import FreeScenes, Scene
-from .stats import bootstrap, estimate, resample, rng, shown, with_interval
+from .stats import bootstrap, estimate, resample, rng, as_text, with_interval
 from .plots import ticks
 from .store import OKABE_ITO, load_results, results_dir
 from .sweeps import change, odds, slope, sweep
@@ -270,7 +270,7 @@ def with_null(
     shown = {}
     for name in names:
         one = numbers[name]
-        shown[name] = {"value": shown(one)}
+        shown[name] = {"value": as_text(one)}
         if "null_mean" in one: shown[name] |= {"null": f"{one['null_mean']:.2f}", "95 %": f"{one['null_high']:.2f}"}
     return shown
 
@@ -904,7 +904,7 @@ def judged(
 ) -> dict:
     "A number, or none and the reason where the model answers no better than chance."
     poor = [accuracy for accuracy in accuracies if accuracy["low"] <= .5]
-    return without_value(one["n"], f"the model answers {shown(poor[0])} of these questions right") if poor else one
+    return without_value(one["n"], f"the model answers {as_text(poor[0])} of these questions right") if poor else one
 
 def smaller_slope(
     slopes:dict, # of `frame_slopes`
@@ -969,7 +969,7 @@ def draw_plane(
     for frame, at in enumerate(xy, 1):
         ax.annotate(str(frame), at, textcoords="offset points", xytext=(4, 3), fontsize=7)
     weight = "bold" if layer == fig10b["layer"] else "normal"
-    ax.set_title(f"layer {layer}\nR² {shown(line)}, null {line['null_high']:.2f}", fontsize=8, weight=weight)
+    ax.set_title(f"layer {layer}\nR² {as_text(line)}, null {line['null_high']:.2f}", fontsize=8, weight=weight)
     ax.set_aspect("equal", adjustable="datalim")
     ax.margins(.15)
     ax.tick_params(labelsize=7)

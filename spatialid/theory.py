@@ -46,7 +46,7 @@ from .organisms import BUILDERS, WHERE, Recipe, Stage, build, train, training_lo
 from .query import Query
 from .questions import LEFT_RIGHT, questions
 from .scenes import OBJECTS, FreeScenes, GridScene, GridScenes, Objects, grid_pairs
-from .stats import bootstrap, over_seeds, rng, shown, with_interval
+from .stats import bootstrap, over_seeds, rng, as_text, with_interval
 from .plots import ticks
 from .store import OKABE_ITO, load_results, provenance, results_dir, write_bytes, write_json
 from .sweeps import attention, in_float64, middle_third, sweep
@@ -169,7 +169,7 @@ def _columns(rows): return list(dict.fromkeys(chain.from_iterable(rows.values())
 
 def _formatted(row, columns, digits):
     "The numbers of a row as texts."
-    texts = {name: f"{v:.{digits}f}" if isinstance(v, Number) else shown(v, digits) for name, v in row.items()}
+    texts = {name: f"{v:.{digits}f}" if isinstance(v, Number) else as_text(v, digits) for name, v in row.items()}
     return [texts.get(name, "") for name in columns]
 
 # %% ../nbs/09_theory.ipynb #50571ee3
@@ -610,7 +610,7 @@ def null_table(
 
 def with_null(estimate)->str:
     "An estimate and the 95 % quantile of its null, as text."
-    return f"{shown(estimate)}; null {estimate['null_high']:.2f}"
+    return f"{as_text(estimate)}; null {estimate['null_high']:.2f}"
 
 # %% ../nbs/09_theory.ipynb #7367ac9d
 def components(
@@ -1291,8 +1291,8 @@ def heads_table(heads:dict)->str: # of `strongest_heads`
     rows, attended = [], heads["attention_to_own_patches"]
     for (k, share), name in zip(heads["cumulative"].items(), heads["strongest"]):
         block, head = map(int, name.split("."))
-        rows.append([k, name, shown(share), f"{attended[block - 1, head - 1]:.2f}"])
-    rows += [["all", name, shown(share), ""] for name, share in heads["total"].items()]
+        rows.append([k, name, as_text(share), f"{attended[block - 1, head - 1]:.2f}"])
+    rows += [["all", name, as_text(share), ""] for name, share in heads["total"].items()]
     return markdown_table(["heads", "block.head", "share of the ID, all so far", "attention to own patches"], rows)
 
 # %% ../nbs/09_theory.ipynb #09c41d47

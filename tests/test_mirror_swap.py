@@ -17,7 +17,7 @@ from spatialid.benchmarks import Benchmark, write_benchmark
 from spatialid.scenes import FreeScenes
 from spatialid.hooks import VLM
 from spatialid.query import Query
-from spatialid.stats import rng, absolute, shown
+from spatialid.stats import rng, absolute, as_text
 from spatialid.store import style
 from spatialid.sweeps import sweep
 from tiny import tiny, tiny_llava
@@ -245,7 +245,7 @@ def test_estimate_counts_draws_without_a_value():
     one = ms.estimate(np.array([2., 1, 3, np.nan, np.nan]), 7)
     assert one["value"] == 2 and 1 <= one["low"] <= one["high"] <= 3 and (one["n"], one["none"]) == (7, .5)
     assert ms.estimate(np.full(5, np.nan), 7) == {"value": None, "low": None, "high": None, "n": 7, "none": 1.0}
-    assert shown(ms.estimate(np.full(5, np.nan), 7)) == "none" and shown(one, 1).startswith("2.0 [")
+    assert as_text(ms.estimate(np.full(5, np.nan), 7)) == "none" and as_text(one, 1).startswith("2.0 [")
 
 
 @pytest.mark.parametrize("low, high, expected", [

@@ -20,7 +20,7 @@ from spatialid.extraction import SpatialIDs, extract, grid_axes, grid_statistics
 from spatialid.hooks import VLM
 from spatialid.query import Query
 from spatialid.store import read_results
-from spatialid.stats import rng, shown
+from spatialid.stats import rng, as_text
 from spatialid.sweeps import in_float64
 
 SCENES = FreeScenes(40, seed=5, px=32, things=(2, 3))
@@ -222,7 +222,7 @@ def test_a_far_last_frame_has_a_long_last_step():
     found = tm.line_statistics(np.stack([far] * 4) + .01 * g.normal(size=(4, 8, 20)), 50, 50)
     assert found["last"]["high"] > found["last"]["low"] > 4
     shown = tm.with_null(found, ("r2", "pc1"))
-    assert shown["r2"].keys() == {"value", "null", "95 %"} and shown["pc1"] == {"value": shown(found["pc1"])}
+    assert shown["r2"].keys() == {"value", "null", "95 %"} and shown["pc1"] == {"value": as_text(found["pc1"])}
 
 
 def test_layers():
@@ -414,7 +414,7 @@ def test_answers_from_files():
 def test_what_is_not_judged():
     one, good, poor = (dict(value=v, low=v - .1, high=v + .1, n=9) for v in (.3, .8, .55))
     assert tm.judged(one, good) is one
-    assert tm.judged(one, good, poor)["not_judged"] == f"the model answers {shown(poor)} of these questions right"
+    assert tm.judged(one, good, poor)["not_judged"] == f"the model answers {as_text(poor)} of these questions right"
     assert tm.without_value(3) == {"value": None, "low": None, "high": None, "n": 3}
 
 
