@@ -38,9 +38,12 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 
 from .edits import add
 from .extraction import TEMPLATE, extract
-from .hooks import VLM, Query
-from .results import OKABE_ITO, bootstrap, provenance, results_root, rng, told, write_json
-from .sweeps import add, in_float64, sweep
+from .hooks import VLM
+from .query import Query
+from .scenes import GridScenes, grid_pairs
+from .stats import bootstrap, rng, as_text
+from .store import OKABE_ITO, provenance, results_root, write_json
+from .sweeps import in_float64, sweep
 
 # %% ../nbs/12_bench.ipynb #540639d7
 @dataclass(frozen=True)
@@ -622,7 +625,7 @@ def _way_row(numbers, way):
     by_count = count * numbers["theory"] / most
     seconds = f"{numbers['seconds'][way]:.3g}"
     if way == "ours": return [TITLES[way], seconds, "1", f"{by_count:.1f}", "1.0", f"{count:.1f}", memory]
-    measured = told(numbers["intervals"][NAMES[way]], 1)
+    measured = as_text(numbers["intervals"][NAMES[way]], 1)
     with_attention = count * numbers["theory_with_attention"] / most
     return [TITLES[way], seconds, measured, f"{by_count:.1f}", f"{with_attention:.1f}", f"{count:.0f}", memory]
 

@@ -447,7 +447,8 @@ def speech(
                 perplexity=perplexity(*nats), replies=rows)
 
 # %% ../nbs/lib/cards.ipynb #789f4dc1
-BOOTSTRAPPED = "share of pictures or videos, each with one question of the kind; bootstrapped 95 % interval" # of the first cards
+# of the first cards
+BOOTSTRAPPED = "share of pictures or videos, each with one question of the kind; bootstrapped 95 % interval"
 METHOD = "share of pictures or videos, each with one question of the kind; Wilson's 95 % interval"
 
 

@@ -16,7 +16,7 @@ from collections import Counter
 from functools import cache
 from pathlib import Path
 
-from .stats import shown
+from .stats import as_text
 from .store import read_results, results_dir
 
 # %% ../nbs/lib/claims.ipynb #66232ace
@@ -68,9 +68,9 @@ def _unjudged(number, rule):
         return number.get("not_judged") or "the run found no number"
     units = f"n = {number['n']}" if number.get("n") is not None else "the sample"
     if any(number.get(key) is None for key in ("low", "high", "n")):
-        return f"{shown({**number, 'low': None})} has no interval: {units} is too small for one"
+        return f"{as_text({**number, 'low': None})} has no interval: {units} is too small for one"
     if number["low"] == number["high"] and not rule.get("exact"):
-        return f"{shown(number)}: an interval of no width, {units} is too small for one"
+        return f"{as_text(number)}: an interval of no width, {units} is too small for one"
     return None
 
 def report(
@@ -81,7 +81,7 @@ def report(
     number = measured[register()[claim_id]["rule"]["key"].removeprefix("claims.")]
     verdict = judge(claim_id, number)
     if verdict == "not judged": return f"not judged: {_unjudged(number, register()[claim_id]['rule'])}"
-    return f"{shown(number)}, n = {number['n']}: {verdict}"
+    return f"{as_text(number)}, n = {number['n']}: {verdict}"
 
 # %% ../nbs/lib/claims.ipynb #ab58e73e
 def _at(results, key):

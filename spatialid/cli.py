@@ -15,7 +15,7 @@ from .registry import FLAGSHIP, HUB, bundled
 from .runner import (
     SHORT, RunError, UsageError, check_benchmark, check_model, declared, experiments, find_notebook, medium_of,
     notebooks, parameters_of, parse_parameters, reproduce, run_notebook, takes_no_videos)
-from .stats import shown
+from .stats import as_text
 from .store import moved, own_results_dir, results_dir, results_root
 
 # %% ../nbs/lib/cli.ipynb #87b42ec0
@@ -23,8 +23,9 @@ REPRODUCED = ("llava-tiny", "onevision-tiny")
 
 def _parser():
     "The arguments of every command."
-    parser = argparse.ArgumentParser("spatialid", description="Linear spatial and temporal IDs in vision-language models: "
-                                     "rerun the notebooks, compare with the paper.", epilog="example: spatialid reproduce")
+    purpose = ("Linear spatial and temporal IDs in vision-language models: rerun the notebooks, "
+               "compare with the paper.")
+    parser = argparse.ArgumentParser("spatialid", description=purpose, epilog="example: spatialid reproduce")
     commands = parser.add_subparsers(dest="command", required=True,
                                      metavar="run | reproduce | claims | diff | models | benchmark")
     def add(name, help, example):
@@ -38,7 +39,8 @@ def _parser():
     form.add_argument("--json", action="store_true", help="a list of objects for programs")
     form.add_argument("--markdown", action="store_true", help="a Markdown table")
     diff = add("diff", "Say which numbers of the results moved beyond their interval since a commit", "spatialid diff")
-    diff.add_argument("before", nargs="?", default="HEAD", help="a commit, or a folder of results (default: %(default)s)")
+    diff.add_argument("before", nargs="?", default="HEAD",
+                      help="a commit, or a folder of results (default: %(default)s)")
     diff.add_argument("--all", action="store_true", help="every number that changed, within its interval too")
     add("models", "List the bundled models, the families and the paper's models", "spatialid models")
     _add_benchmark(add)
@@ -69,7 +71,8 @@ def _add_benchmark(add):
     benchmark = add("benchmark", "Write a benchmark of generated scenes in the files of COCO-spatial",
                     "spatialid benchmark data/generated --rows 440")
     benchmark.add_argument("folder", help="made if needed")
-    for name, value, what in (("rows", 440, "questions"), ("seed", 1, "of the scenes"), ("px", 80, "side of the images")):
+    options = ("rows", 440, "questions"), ("seed", 1, "of the scenes"), ("px", 80, "side of the images")
+    for name, value, what in options:
         benchmark.add_argument(f"--{name}", type=int, default=value, help=f"{what} (default: %(default)s)")
 
 # %% ../nbs/lib/cli.ipynb #d7a77427
@@ -95,7 +98,8 @@ def _checked_model(path, given):
     if medium_of(default) == "video" and takes_no_videos(model):
         names = ", ".join(p.stem for p in experiments(model))
         raise UsageError(f"{path.stem} is about videos, and {given} takes pictures only; its experiments are {names}")
-    if "03_extraction" in declared(path).get("needs", ()) and not (results_dir(model)/"spatial_ids.safetensors").is_file():
+    needs_ids = "03_extraction" in declared(path).get("needs", ())
+    if needs_ids and not (results_dir(model)/"spatial_ids.safetensors").is_file():
         raise UsageError(f"{path.stem} needs the spatial IDs of {model}: run `spatialid run 03 --model {model}` first")
     return model
 
@@ -111,7 +115,8 @@ def _claims(args):
     if not folder.is_dir():
         raise UsageError(f"no results of {args.model!r}: there is no {folder}. Run `spatialid reproduce --models "
                          f"{args.model}` first, or this command inside the checkout that has them")
-    if args.json: print(json.dumps([{key: row[key] for key in JSON_KEYS} for row in rows], indent=1, ensure_ascii=False))
+    short = [{key: row[key] for key in JSON_KEYS} for row in rows]
+    if args.json: print(json.dumps(short, indent=1, ensure_ascii=False))
     else: print(claims_markdown(rows) if args.markdown else claims_text(rows))
 
 def _wanted(args):
@@ -126,8 +131,10 @@ def _before(which):
     root = results_root()
     if Path(which).is_dir():
         paths = sorted(Path(which).glob("*/[0-9]*.json"))
-        return {f"results/{path.parent.name}/{path.name}": json.loads(path.read_text(encoding="utf-8")) for path in paths}
-    def git(*args): return subprocess.run(["git", "-C", str(root), *args], capture_output=True, text=True, encoding="utf-8")
+        return {f"results/{path.parent.name}/{path.name}": json.loads(path.read_text("utf-8")) for path in paths}
+    def git(*args):
+        "A git command in the folder that holds `results/`."
+        return subprocess.run(["git", "-C", str(root), *args], capture_output=True, text=True, encoding="utf-8")
     listed = git("ls-tree", "-r", "--name-only", which, "results")
     if listed.returncode: raise UsageError(f"{which!r} is no commit and no folder of results: {listed.stderr.strip()}")
     names = [name for name in listed.stdout.split() if re.fullmatch(r"results/[^/]+/\d\d_\w+\.json", name)]
@@ -146,7 +153,8 @@ def _diff(args):
         count += sum(row["beyond"] for row in rows)
         for row in rows:
             interval = "" if row["low"] is None else f" [{row['low']:g}, {row['high']:g}]"
-            print(f"{name} {row['key']}: {row['before']}{interval} -> {row['after']}" + (" *" if row["beyond"] and args.all else ""))
+            mark = " *" if row["beyond"] and args.all else ""
+            print(f"{name} {row['key']}: {row['before']}{interval} -> {row['after']}{mark}")
     print(f"{count} numbers moved beyond their interval in {len(before)} files")
     return int(count > 0)
 
@@ -199,7 +207,7 @@ def _card(name):
     "A model's accuracies from its card, or an empty string."
     path = results_dir(name)/"card.json"
     accuracy = json.loads(path.read_text()).get("accuracy", {}) if path.is_file() else {}
-    return ", ".join(f"{kind} {shown(estimate, 3)}" for kind, estimate in accuracy.items())
+    return ", ".join(f"{kind} {as_text(estimate, 3)}" for kind, estimate in accuracy.items())
 
 def _bundled_lines(name, folder):
     "What there is to say of a bundled model."

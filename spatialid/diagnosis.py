@@ -16,7 +16,7 @@ __all__ = ['SIDES', 'RADIUS', 'STAGES', 'TOLERANCE', 'LITTLE', 'VERDICTS', 'PLAC
            'words_alone', 'paired', 'injections', 'right_of', 'injected', 'word_embeddings', 'matched_places',
            'attended_places', 'place_from_ids', 'exchanged_question', 'words_with_picture', 'inferred_places',
            'choose_repair', 'repaired', 'recorded', 'released_centre', 'released_centres', 'CaseSource', 'plot_cases',
-           'kinds_in', 'question_numbers', 'as_text', 'test_text', 'fig8a_numbers', 'fig8a_by_layer', 'short_test',
+           'kinds_in', 'question_numbers', 'all_as_text', 'test_text', 'fig8a_numbers', 'fig8a_by_layer', 'short_test',
            'draw_overlaid', 'draw_line', 'draw_effects', 'plot_fig8a', 'draw_masks', 'plot_fig8b', 'lesion_plan',
            'lesion_plans', 'lesion_record', 'heads_record', 'not_run', 'LesionStudy', 'lesion_table', 'heads_table',
            'draw_losses', 'draw_confusion', 'plot_lesions', 'chosen_on_half', 'injection_record', 'injection_table',
@@ -44,11 +44,11 @@ from .benchmarks import Benchmark, single, write_benchmark
 from .edits import BOTH, add, at_place, gaussian
 from .extraction import SpatialIDs, extract, orthonormal, stored_ids, subsample
 from .hooks import VLM, scaled
+from .plots import ticks
 from .query import Query
 from .questions import BENCHMARK_KINDS, QUESTIONS
 from .scenes import GridScenes, Objects
-from .stats import absolute, bootstrap, rng, shown, spanning
-from .steering import ticks
+from .stats import absolute, as_text, bootstrap, rng, spanning
 from .store import OKABE_ITO, load_results, style, write_json
 from .sweeps import Resumed, at_every_layer, attention, sweep
 
@@ -1195,23 +1195,23 @@ def question_numbers(
     return {"n": len(questions), "dropped": questions.dropped, "another_word_likelier": int(read.elsewhere.sum()),
             "accuracy": {name: bootstrap(v, seed=seed) for name, v in right.items()}}
 
-def as_text(
+def all_as_text(
     numbers, # {value, low, high}, tests of `compare`, or dictionaries of such numbers
     digits:int=2,
 ): # text, or dictionaries of texts; what is no number stays
     "Numbers with their intervals as text; those of a test with its p-values."
     if not isinstance(numbers, Mapping): return numbers
-    if "value" in numbers: return shown(numbers, digits)
+    if "value" in numbers: return as_text(numbers, digits)
     if "effect" in numbers: return test_text(numbers)
-    return {key: as_text(number, digits) for key, number in numbers.items()}
+    return {key: all_as_text(number, digits) for key, number in numbers.items()}
 
 def test_text(
     test:dict, # of `compare`
 ) -> str:
     "The effect of a test with its p-values: two-sided, right larger, wrong larger."
-    if test["p"] is None: return shown(test["effect"])
+    if test["p"] is None: return as_text(test["effect"])
     two, right, wrong = (f"{test[key]:.1e}" for key in SIDES)
-    return f"{shown(test['effect'])}, p = {two} (right larger: {right}, wrong larger: {wrong})"
+    return f"{as_text(test['effect'])}, p = {two} (right larger: {right}, wrong larger: {wrong})"
 
 # %% ../nbs/06_diagnosis.ipynb #b9804011
 def fig8a_numbers(
@@ -1242,7 +1242,7 @@ def fig8a_by_layer(questions:Cases, read:Readings, seed:int=0) -> list: # of `co
 # %% ../nbs/06_diagnosis.ipynb #67f3d7b9
 def short_test(test:dict) -> str: # of `compare`
     "A Mann-Whitney test (right against wrong) in a few words, for a title."
-    effect = f"r = {shown(test['effect'])}"
+    effect = f"r = {as_text(test['effect'])}"
     return effect if test["p"] is None else f"{effect}, p = {test['p']:.1g}"
 
 def draw_overlaid(ax, values, right, n_bins, label):
@@ -1440,9 +1440,9 @@ def lesion_table(
 ) -> dict: # {what: text}
     "What came of the lesions, as text."
     without = numbers["heads_off"]["without_them"]
-    return {"named rightly": shown(numbers["accuracy"]), "lesions": numbers["n"], "chance": numbers["chance"],
-            "with the tolerances of the package": shown(numbers["with_default_tolerance"]["accuracy"]),
-            "heads not counted": shown(without["accuracy"]), "undetermined": numbers["undetermined"],
+    return {"named rightly": as_text(numbers["accuracy"]), "lesions": numbers["n"], "chance": numbers["chance"],
+            "with the tolerances of the package": as_text(numbers["with_default_tolerance"]["accuracy"]),
+            "heads not counted": as_text(without["accuracy"]), "undetermined": numbers["undetermined"],
             "named": numbers["named"], "tolerance": numbers["tolerance"], "harmless": numbers["harmless"],
             "words": numbers["words"], "confusion": numbers["confusion"]}
 
@@ -1540,7 +1540,7 @@ def injection_table(
     "What putting IDs in does at the layer chosen on half, as text."
     columns = ("layer", "gain", "gained", "lost", "p", "over_noise")
     table = {}
-    for arm, found in a8["chosen_on_half"].items(): table[arm] = as_text({key: found[key] for key in columns}, 3)
+    for arm, found in a8["chosen_on_half"].items(): table[arm] = all_as_text({key: found[key] for key in columns}, 3)
     return table
 
 # %% ../nbs/06_diagnosis.ipynb #e1f3d2e2
@@ -1701,7 +1701,7 @@ def repair_table(
         gains = found["repair"]["gain"], found["noise"]["gain"], found["over_noise"]
         numbers = [found["read_off"], found["after"], *gains]
         cells = [f"**{name}**" if name == repair["way"] else name, f"{found['dose']}, {found['layer']}",
-                 f"{found['when_chosen']['accuracy']:.2f}", *[shown(number, 3) for number in numbers],
+                 f"{found['when_chosen']['accuracy']:.2f}", *[as_text(number, 3) for number in numbers],
                  f"{found['repair']['p']:.1e}", f"{found['cost_in_forwards']['all']:.2f}"]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)

@@ -38,14 +38,17 @@ from safetensors.torch import load_file, save
 from tqdm import tqdm
 from transformers import Trainer
 
-from .data import Benchmark, GridScenes, write_benchmark
+from .benchmarks import Benchmark, write_benchmark
+from .edits import at_place
 from .extraction import SpatialIDs
 from .hooks import VLM
 from .pictures import as_seen
-from .rerun import end_with_parent
-from .results import (OKABE_ITO, load_results, over_seeds, results_dir, results_root, rng, told, write_bytes,
-                               write_json)
-from .steering import TEMPLATES, at_place
+from .processes import end_with_parent
+from .query import Query
+from .questions import BENCHMARK_KINDS, QUESTIONS
+from .scenes import GridScenes
+from .stats import over_seeds, rng, as_text
+from .store import OKABE_ITO, load_results, results_dir, results_root, write_bytes, write_json
 
 # %% ../nbs/07_finetune.ipynb #21d77c10
 def wrong_places(
@@ -186,7 +189,7 @@ def question(
     instruction:str="", # after the question, {} for the answers
 ) -> Query: # truth is None where neither answer is right
     "Where the one object is as seen from the other."
-    template, answers = TEMPLATES[kind]
+    template, answers = QUESTIONS[kind].template, QUESTIONS[kind].answers
     a, b = (scene.a, scene.a_cell), (scene.b, scene.b_cell)
     (subject, here), (object, there) = (a, b) if word == "object" else (b, a)
     axis = int(kind == "above_below")
@@ -207,12 +210,12 @@ def _drawn(pictures, generator):
 
 def _balanced(pictures, i, seed, batch):
     "One question about all pictures of a series; the kinds take turns."
-    return [(scene, list(TEMPLATES)[i % 2]) for scene in _drawn(pictures, rng(seed, "balanced", i))]
+    return [(scene, BENCHMARK_KINDS[i % 2]) for scene in _drawn(pictures, rng(seed, "balanced", i))]
 
 def _released(pictures, i, seed, batch):
     "The questions about a series that have an answer, of both kinds, shuffled and cut in two: one group of them."
     generator = rng(seed, "released", i // 2)
-    items = [(scene, kind) for scene in _drawn(pictures, generator) for kind in TEMPLATES if has_answer(scene, kind)]
+    items = [(scene, kind) for scene in _drawn(pictures, generator) for kind in BENCHMARK_KINDS if has_answer(scene, kind)]
     order = generator.permutation(len(items))
     first = i % 2 == 0 or len(items) <= batch
     return [items[j] for j in (order[:batch] if first else order[batch:])]
@@ -222,7 +225,7 @@ def _shuffled(pictures, i, seed, batch):
     generator, items = rng(seed, "shuffled", i), []
     while len(items) < batch:
         scenes = _drawn(pictures, generator)
-        kind = list(TEMPLATES)[generator.integers(2)]
+        kind = BENCHMARK_KINDS[generator.integers(2)]
         scene = scenes[generator.integers(len(scenes))]
         if has_answer(scene, kind): items.append((scene, kind))
     return items
@@ -487,7 +490,7 @@ def measure(
     mine = range(accelerator.process_index, len(queries), accelerator.num_processes)
     beliefs = vlm.run([queries[i] for i in mine], batch_size=batch_size).beliefs if len(mine) else []
     right = dict(gather_object([(i, int(b == queries[i].truth)) for i, b in zip(mine, beliefs)]))
-    by_kind = {kind: [right[i] for i, q in enumerate(queries) if q.kind == kind] for kind in TEMPLATES}
+    by_kind = {kind: [right[i] for i, q in enumerate(queries) if q.kind == kind] for kind in BENCHMARK_KINDS}
     accuracy = {kind: float(np.mean(hits)) for kind, hits in by_kind.items() if hits}
     accuracy["all"] = float(np.mean(list(right.values())))
     digits = "".join(str(right[i]) for i in range(len(queries)))
@@ -600,8 +603,7 @@ class _Training:
 
     def queries(self):
         "The questions of the benchmark, with the instruction."
-        texts = {kind: text + self.s.instruction.format(*answers) for kind, (text, answers) in TEMPLATES.items()}
-        return [row.query(texts[row.kind]) for row in self.benchmark]
+        return [row.query(QUESTIONS[row.kind].wording(self.s.instruction)) for row in self.benchmark]
 
     def entry(self, step, held, queries, losses):
         "A measurement, with the mean training losses since the last."
@@ -692,7 +694,7 @@ def _gathered_arm(runs, seeds):
     def table(get): return [[get(entry) for entry in run] for run in runs]
     arm = {"seeds": list(seeds), "steps": [entry["step"] for entry in runs[0]]}
     for loss in ("lm_loss", "id_loss"): arm[loss] = table(lambda entry: entry[loss])
-    for kind in (*TEMPLATES, "all"): arm[kind] = table(lambda entry: entry["accuracy"].get(kind))
+    for kind in (*BENCHMARK_KINDS, "all"): arm[kind] = table(lambda entry: entry["accuracy"].get(kind))
     return {**arm, "right": [run[-1]["right"] for run in runs]}
 
 # %% ../nbs/07_finetune.ipynb #fee5be88
@@ -849,7 +851,7 @@ def commoner_share(
 ) -> float:
     "Share of the commoner answer among the answers of a kind of question, mean over the kinds in a group."
     shares = []
-    for axis, kind in enumerate(TEMPLATES):
+    for axis, kind in enumerate(BENCHMARK_KINDS):
         scenes = [scene for scene, of in items if of == kind and has_answer(scene, kind)]
         later = np.mean([scene.b_cell[axis] > scene.a_cell[axis] for scene in scenes]) if len(scenes) > 1 else None
         if later is not None: shares.append(max(later, 1 - later))
@@ -946,7 +948,7 @@ def end_rows(
     logs:dict, # of `gathered`
 ) -> dict: # {arm: {"LM loss": text, ...}}, for `markdown_table`
     "Everything that is measured at the end, with intervals over seeds."
-    return {name: {text: told(curve(arm, key)[-1], 3) for key, text in MEASURED.items()} for name, arm in logs.items()}
+    return {name: {text: as_text(curve(arm, key)[-1], 3) for key, text in MEASURED.items()} for name, arm in logs.items()}
 
 # %% ../nbs/07_finetune.ipynb #05d261e9
 ARM_COLOURS = dict(zip(ARMS, (OKABE_ITO[i] for i in (7, 5, 3, 2, 1))))
@@ -989,7 +991,7 @@ def rows_of(
     kinds, # of the questions of the benchmark, in order
 ) -> dict: # {"all", "left_right", "above_below": rows of `compared`}
     "All questions, and those of each kind."
-    return {"all": slice(None), **{kind: np.asarray(kinds) == kind for kind in TEMPLATES}}
+    return {"all": slice(None), **{kind: np.asarray(kinds) == kind for kind in BENCHMARK_KINDS}}
 
 def differences_of(
     logs:dict, # of `gathered`

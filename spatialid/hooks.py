@@ -919,3 +919,15 @@ def steer(self:VLM,
     Begin with one step at the layer where words hold places (notebook 03 names it): too large a dose turns answers as
     noise does, and the paper's rule with α = 5 is such a dose on `llava-smol`. ValueError for other prompts."""
     return steering(self, query, pushes, layer, scale, rule)
+
+# %% ../nbs/00_hooks.ipynb #0a4d39e1
+@patch
+def generate(self:VLM,
+    query:Query,
+    max_new_tokens:int=8,
+) -> str: # without the prompt
+    "The model's words, the most likely token each time. Inside `steer` and `patch` they act while the prompt is read."
+    prompt = self.encode([query]).to(self.device)
+    with torch.inference_mode():
+        tokens = self.model.generate(**prompt, max_new_tokens=max_new_tokens, do_sample=False)
+    return self.tokenizer.decode(tokens[0, prompt["input_ids"].shape[1]:], skip_special_tokens=True).strip()

@@ -22,15 +22,16 @@ import numpy as np
 from safetensors.torch import load_file
 from scipy.stats import rankdata
 
-from .claims import MARKS, own_claims
-from .claims import claims as claims_of
-from .data import FreeScenes, GridScenes, grid_pairs
+from .claims import MARKS, claims as claims_of, own_claims
 from .extraction import extract, subsample
-from .hooks import BUNDLED, VLM
+from .hooks import VLM
 from .organisms import RECIPES, build, training_log
-from .results import OKABE_ITO, bootstrap, bundled, provenance, results_dir, results_root, rng, told
-from .results import write_json
-from .steering import adversarial, fig9_numbers, plot_bars, questions
+from .questions import questions
+from .registry import BUNDLED, bundled
+from .scenes import FreeScenes, GridScenes, grid_pairs
+from .stats import bootstrap, rng, as_text
+from .steering import adversarial, fig9_numbers, plot_bars
+from .store import OKABE_ITO, provenance, read_results, results_dir, results_root, write_json
 from .sweeps import sweep
 from .theory import markdown_table, not_judged, number_table
 
@@ -114,7 +115,7 @@ def results_of(
 ) -> dict: # {model: what it found}, in the order of names
     "What a notebook found for every model for which it ran, quick runs left out."
     paths = sorted((results_root() / "results").glob(f"*/{notebook}.json"))
-    results = {path.parent.name: json.loads(path.read_text()) for path in paths}
+    results = {path.parent.name: read_results(path) for path in paths}
     return {name: of for name, of in results.items() if not of["provenance"]["params"].get("quick")}
 
 def measured() -> dict: # {model: its 04_steering.json}, in the order of names
@@ -126,7 +127,7 @@ def measured() -> dict: # {model: its 04_steering.json}, in the order of names
 def stored(names, file:str) -> dict: # {model: its file of this name}
     "A file of the results of some models, of those that have it."
     paths = {name: results_dir(name) / file for name in names}
-    return {name: json.loads(path.read_text()) for name, path in paths.items() if path.is_file()}
+    return {name: read_results(path) for name, path in paths.items() if path.is_file()}
 
 def in_percent(share:dict) -> str:
     "A share and its interval, in percent."
@@ -235,7 +236,7 @@ def choices_table(choices:dict) -> str: # of `largest_choices`
     "The choices and what they change, in Markdown."
     rows = []
     for name, of in choices.items():
-        rows.append([name, f"{of['size']:.2f}", told(of["ID"]), told(of["gain"]), of["ID"]["n"]])
+        rows.append([name, f"{of['size']:.2f}", as_text(of["ID"]), as_text(of["gain"]), of["ID"]["n"]])
     changes = ("size of the change", "change of the share swapped", "change of the gain")
     return markdown_table(["choice", *(f"median {change}" for change in changes), "models"], rows)
 
@@ -377,7 +378,7 @@ def plot_fig9(
     for ax, (reading, label) in zip(panels, READINGS.items()):
         for run, colour in zip(dict.fromkeys(p.run for p in points), [*OKABE_ITO[:6], "0.4"]):
             _plot_run(ax, [p for p in points if p.run == run], reading, colour)
-        ax.set(xlabel=label, title=f"ρ = {told(rho[reading])}" if rho else "")
+        ax.set(xlabel=label, title=f"ρ = {as_text(rho[reading])}" if rho else "")
         ax.axhline(0.5, color="0.6", linewidth=0.8, linestyle="--")
     panels[0].set_ylabel("right answers")
     panels[3].legend(fontsize=8, loc="lower right")
@@ -388,7 +389,7 @@ def correlations_table(rows:dict) -> str: # {what: of `correlations`}
     texts = []
     for what, by_reading in rows.items():
         if not by_reading: continue
-        numbers = [f"{told(rho)}, p = {rho['p']:.3f}" for rho in by_reading.values()]
+        numbers = [f"{as_text(rho)}, p = {rho['p']:.3f}" for rho in by_reading.values()]
         texts.append([what, by_reading["steerability"]["n"], *numbers])
     return markdown_table(["points", "n", *READINGS.values()], texts) if texts else "Too few models for a correlation."
 
@@ -412,8 +413,8 @@ def grid_scores() -> tuple: # {model: {value, low, high, n}}, the same in Markdo
     over_null = {name: of["claims"]["grid_score_over_null"] for name, of in extracted.items()}
     rows = []
     for name, of in extracted.items():
-        score = told(of["held_out"]["grid_score"])
-        rows.append([name, of["layer"]["best"], score, told(over_null[name], 3), over_null[name]["n"]])
+        score = as_text(of["held_out"]["grid_score"])
+        rows.append([name, of["layer"]["best"], score, as_text(over_null[name], 3), over_null[name]["n"]])
     return over_null, markdown_table(["model", "layer", "grid score", "less its null", "n objects"], rows)
 
 # %% ../nbs/13_models.ipynb #f22c5a13
@@ -444,8 +445,8 @@ def diagnosis_table(models:dict) -> str: # of `diagnosed`
         claims, lesions = of["claims"], of["lesions"]
         verdicts = [of["verdict"][pair]["stage"] for pair in ("left/right", "above/below")]
         rows.append([name, of["difficulty"]["chosen"], in_percent(of["questions"]["accuracy"]["all"]),
-                     told(claims["fig8a"]), told(claims["fig8b"]), *verdicts,
-                     told(lesions["accuracy"]), lesions["n"], told(claims["a8_gain"], 3), of["a8"]["n"]])
+                     as_text(claims["fig8a"]), as_text(claims["fig8b"]), *verdicts,
+                     as_text(lesions["accuracy"]), lesions["n"], as_text(claims["a8_gain"], 3), of["a8"]["n"]])
     header = ["model", "scenes", "right", "Fig. 8A", "Fig. 8B", "verdict, left/right", "verdict, above/below"]
     return markdown_table([*header, "damage named rightly", "n", "true IDs put in", "n"], rows)
 
@@ -457,8 +458,8 @@ def repair_table(models:dict) -> str: # of `diagnosed`
         for source, result in repair["ways"].items():
             best = " (best when chosen)" if source == repair["way"] else ""
             numbers = [result["read_off"], result["repair"]["gain"], result["noise"]["gain"], result["over_noise"]]
-            rows.append([name, f"{source}{best}", told(repair["before"], 3), f"{repair['n']:,}",
-                         *(told(number, 3) for number in numbers), f"{result['cost_in_forwards']['all']:.2f}"])
+            rows.append([name, f"{source}{best}", as_text(repair["before"], 3), f"{repair['n']:,}",
+                         *(as_text(number, 3) for number in numbers), f"{result['cost_in_forwards']['all']:.2f}"])
     return markdown_table(["model", "places from", "right before", "n", "places right", "change",
                            "noise of the same norm", "over noise", "forwards a question"], rows)
 

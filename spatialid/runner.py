@@ -98,7 +98,7 @@ def check_model(
 OPTIONAL = {"n_secondary", "n_lesion", "n_inject", "n_repair"}  # sizes of experiments that 0 leaves out
 
 def _value(text):
-    "The Python value of a command-line word: a literal (a tuple as a list, papermill hands on no others), JSON, or the word."
+    "The Python value of a command-line word: a literal (tuples as lists), JSON, or the word itself."
     for parse in (ast.literal_eval, json.loads):
         try: value = parse(text)
         except (ValueError, SyntaxError): continue
@@ -109,7 +109,7 @@ def check_benchmark(
     path:Path, # a notebook
     folder:str, # with a benchmark
 ):
-    """Find out before hours of work whether a benchmark has what a notebook declares to ask of it. UsageError otherwise."""
+    """Find out before hours of work whether a benchmark has what a notebook declares to need. UsageError otherwise."""
     if not (asks := declared(path).get("benchmark")): return
     from spatialid.benchmarks import Benchmark  # the libraries of pictures and videos come with it
     try: Benchmark(folder).check(tuple(asks["kinds"]), asks["boxes"])
@@ -128,7 +128,8 @@ def parse_parameters(
     for word in words:
         name, equals, text = word.partition("=")
         if not equals:
-            raise UsageError(f"parameter {name!r} has no value; write -p name=value with a name among {', '.join(valid)}")
+            raise UsageError(f"parameter {name!r} has no value; write -p name=value with a name among "
+                             f"{', '.join(valid)}")
         if name not in valid:
             raise UsageError(f"{path.stem} has no parameter {name!r}; it has {', '.join(valid) or 'none'}"
                              + (" and --model" if "model" in defaults else ""))
@@ -208,11 +209,12 @@ def run_notebook(
 def _execute(nb, out, params, path):
     "Execute a notebook through papermill. RunError says which cell failed."
     import papermill as pm
-    for name in ("papermill", "asyncio"): logging.getLogger(name).setLevel(logging.CRITICAL)  # failures are raised below
+    for name in ("papermill", "asyncio"): logging.getLogger(name).setLevel(logging.CRITICAL)  # they are raised below
     bar = {"desc": path.stem, "bar_format": BAR}
     try:
-        pm.execute_notebook(nb, out, params, kernel_name="python3", language="python", cwd=path.parent, progress_bar=bar,
-                            start_timeout=300, extra_arguments=["--IPKernelApp.log_level=CRITICAL"])
+        pm.execute_notebook(nb, out, params, kernel_name="python3", language="python", cwd=path.parent,
+                            progress_bar=bar, start_timeout=300,
+                            extra_arguments=["--IPKernelApp.log_level=CRITICAL"])
     except pm.PapermillExecutionError as e:
         raise RunError(f"{_failure(path, e)}\n  The run up to there: {out}") from e
     except RuntimeError as e:
@@ -228,7 +230,8 @@ def _imports(code):
     for node in ast.walk(tree):
         if isinstance(node, ast.Import): modules |= {alias.name for alias in node.names}
         if not isinstance(node, ast.ImportFrom): continue
-        if node.module == "spatialid" or (node.level and not node.module):  # `from spatialid import VLM` depends on hooks
+        # `from spatialid import VLM` depends on hooks
+        if node.module == "spatialid" or (node.level and not node.module):
             modules |= {f"spatialid.{_HOME.get(alias.name, alias.name)}" for alias in node.names}
         else: modules.add(f"spatialid.{node.module}" if node.level else node.module)
     return {name.removeprefix("spatialid.") for name in modules if name.startswith("spatialid.")}
@@ -252,7 +255,7 @@ def _digest(path):
 def weight_digest(
     model:str, # bundled name, folder or Hub id
 ) -> str:
-    """A hash of a model's files, or the cached revision of a Hub model. The empty string if it is not on this machine yet."""
+    """A hash of a model's files, or the cached revision of a Hub model; empty if it is not on this machine yet."""
     folder = bundled().get(model, Path(model))
     if not folder.is_dir():
         from huggingface_hub import try_to_load_from_cache
@@ -275,7 +278,7 @@ def fingerprint(
     model:str, # bundled name, folder or Hub id
     quick:bool=False, # in its short form
 ) -> str:
-    """A hash of everything that decides what the notebook computes for the model, at its defaults or in its short form."""
+    """A hash of all that decides what the notebook computes for the model, at its defaults or in its short form."""
     cells = [c.source for c in read_notebook(path).cells if c.cell_type == "code"]
     modules = {name: text for cell in cells for name, text in _modules(cell).items()}
     parts = [path.stem, "\n\n".join(cells), model, weight_digest(model), modules, *(["quick"] if quick else [])]
@@ -319,18 +322,20 @@ def experiments(
 
 def _places(path, model, quick):
     "The record of an experiment's last complete run, and the folder of what it wrote."
-    return runs_dir(model)/f"{path.stem}{'.quick' * quick}.json", results_dir(model).absolute()/("quick" if quick else "")
+    record = runs_dir(model)/f"{path.stem}{'.quick' * quick}.json"
+    return record, results_dir(model).absolute()/("quick" if quick else "")
 
 def is_done(
     path:Path, # a notebook
     model:str, # bundled name, folder or Hub id
     quick:bool=False, # in its short form
 ) -> bool:
-    """Whether the notebook's last complete run for the model is still valid and its files are still the ones it wrote."""
+    """Whether the notebook's last complete run for the model is valid and its files are still those it wrote."""
     record, folder = _places(path, model, quick)
     try: done = json.loads(record.read_text())
     except (OSError, ValueError): return False
-    return done["fingerprint"] == fingerprint(path, model, quick) and all(_digest(folder/f) == d for f, d in done["files"].items())
+    if done["fingerprint"] != fingerprint(path, model, quick): return False
+    return all(_digest(folder/name) == digest for name, digest in done["files"].items())
 
 def _run_and_record(path, model, quick=False):
     "Run one experiment and note its fingerprint and the files it wrote. Returns the seconds."
@@ -426,8 +431,9 @@ def _run_all(
                 bar.write(str(error or f"{name}: {done}"), file=sys.stderr if error else sys.stdout)
                 bar.set_description(", ".join(queue.names()))
         except BrokenProcessPool as e:
-            raise RunError(f"a process that ran {', '.join(queue.names()) or 'notebooks'} was killed, most often for want "
-                           "of memory; the same command continues from what is done") from e
+            names = ", ".join(queue.names()) or "notebooks"
+            raise RunError(f"a process that ran {names} was killed, most often for want of memory; "
+                           "the same command continues from what is done") from e
         except KeyboardInterrupt:
             report.running = queue.names()
             for process in {*active_children()} - {*others}: process.terminate()  # its kernel notices and ends too
@@ -514,10 +520,11 @@ def _card_of(card):
     "A model's accuracies and origin, from its card."
     rows = [f"| {kind.replace('_', ' ')} | {v['value']:.3f} | {v['low']:.3f}–{v['high']:.3f} | {v['n']:,} |"
             for kind, v in card["accuracy"].items()]
-    return ["An *organism*: a small model trained on generated scenes. Its numbers stand beside those of the paper's large "
-            "models, never in their place.",
-            f"{card['parameters']:,} parameters, {card['bytes']/1e6:.1f} MB, trained in {card['wall_seconds']/60:.0f} minutes "
-            f"({card['device']}), seed {card['seed']}. Weights: sha256 `{card['weight_hash'][:16]}…`.",
+    return ["An *organism*: a small model trained on generated scenes. Its numbers stand beside those of the paper's "
+            "large models, never in their place.",
+            f"{card['parameters']:,} parameters, {card['bytes']/1e6:.1f} MB, trained in "
+            f"{card['wall_seconds']/60:.0f} minutes ({card['device']}), seed {card['seed']}. "
+            f"Weights: sha256 `{card['weight_hash'][:16]}…`.",
             "\n".join(["| question | right | 95 % interval | n |", "|---|---|---|---|", *rows])]
 
 def _claims_on(name):
@@ -531,7 +538,7 @@ def _claims_on(name):
 def model_page(
     name:str, # a model with results
 ) -> str:
-    """A page in Markdown, its pictures relative to `nbs/models/`: the card, the claims, the figures of each notebook."""
+    """A page in Markdown, its pictures relative to `nbs/models/`: card, claims, the figures of each notebook."""
     folder = results_dir(name)
     path = folder/"card.json"
     card = json.loads(path.read_text()) if path.is_file() else {}
@@ -542,7 +549,7 @@ def model_page(
         parts.append(beyond_text(card["beyond"]))
     parts += _claims_on(name)
     for path in notebooks().values():
-        figures = {figure: heading for figure, heading in figures_of(path).items() if (folder/f"{figure}.png").is_file()}
+        figures = [(name, heading) for name, heading in figures_of(path).items() if (folder/f"{name}.png").is_file()]
         if figures: parts.append(f"## [{path.stem}](../{path.name})")
-        parts += [f"![{heading} ({figure})](../results/{folder.name}/{figure}.png)" for figure, heading in figures.items()]
+        parts += [f"![{heading} ({name})](../results/{folder.name}/{name}.png)" for name, heading in figures]
     return "\n\n".join(parts) + "\n"

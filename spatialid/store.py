@@ -36,7 +36,8 @@ def results_dir(
     A folder that `own_results_dir` has marked as this model's comes first."""
     name = re.sub(r"[^\w.-]", "_", str(model).rstrip("/").split("/")[-1])
     if not name.strip("._"):
-        raise ValueError(f"cannot name a results folder after the model {model!r}; give a bundled name, a folder or a Hub id")
+        raise ValueError(f"cannot name a results folder after the model {model!r}; "
+                         "give a bundled name, a folder or a Hub id")
     whole, results = whole_name(model), results_root()/"results"
     if "/" not in whole:
         return results/name
@@ -124,13 +125,16 @@ def own_results_dir(
 def _named(folder, whole, name):
     "The folder of results called `name`; `folder` is the one without a name. ValueError where it cannot have it."
     wanted = folder.parent/name
-    if "/" not in whole: raise ValueError(f"{whole} is a name already: a name is for the results of a folder or a Hub id")
-    if not re.fullmatch(r"\w[\w.-]*", name): raise ValueError(f"{name!r} cannot name a folder: take letters, digits, '_', '-' and '.'")
+    if "/" not in whole:
+        raise ValueError(f"{whole} is a name already: a name is for the results of a folder or a Hub id")
+    if not re.fullmatch(r"\w[\w.-]*", name):
+        raise ValueError(f"{name!r} cannot name a folder: take letters, digits, '_', '-' and '.'")
     owner = name if name in bundled() else _owner(wanted)
     if owner not in (None, whole) or (owner is None and wanted.is_dir() and any(wanted.iterdir())):
         raise ValueError(f"{wanted} has the results of {owner or 'an unknown model'}: give another name")
     if folder != wanted and (_owner(folder) == whole):
-        raise ValueError(f"the results of {whole} are in {folder}: go on without a name, or rename that folder to {name!r}")
+        raise ValueError(f"the results of {whole} are in {folder}: go on without a name, "
+                         f"or rename that folder to {name!r}")
     return wanted
 
 # %% ../nbs/lib/store.ipynb #8972e678
@@ -147,7 +151,8 @@ def _laid_out(o, indent=""):
     "JSON text with a line for each entry and for each array of numbers."
     deeper = indent + " "
     if isinstance(o, dict) and o:
-        entries = [f"{deeper}{json.dumps(key, ensure_ascii=False)}: {_laid_out(value, deeper)}" for key, value in o.items()]
+        keys = (json.dumps(key, ensure_ascii=False) for key in o)
+        entries = [f"{deeper}{key}: {_laid_out(value, deeper)}" for key, value in zip(keys, o.values())]
         return "{\n" + ",\n".join(entries) + f"\n{indent}}}"
     if isinstance(o, list) and any(isinstance(item, (dict, list)) for item in o):
         return "[\n" + ",\n".join(deeper + _laid_out(item, deeper) for item in o) + f"\n{indent}]"
@@ -207,7 +212,7 @@ def rounded(
     o, # numbers in dictionaries and lists
     digits:int=6, # significant ones
 ):
-    """The same with every float rounded to some significant digits: what people read, and what two machines agree on."""
+    """Every float rounded to some significant digits: what people read, and what two machines agree on."""
     if isinstance(o, dict): return {key: rounded(value, digits) for key, value in o.items()}
     if isinstance(o, list): return [rounded(value, digits) for value in o]
     return float(f"{o:.{digits}g}") if isinstance(o, float) else o
@@ -268,7 +273,7 @@ def moved(
     tolerance:float=1e-4, # relative, of a number without an interval
 ) -> list: # of {key, before, after, low, high, beyond}; None for a number that one of the two does not have
     """The numbers that differ beyond their interval."""
-    old, new = ({key: (value, low, high) for key, value, low, high in _estimates(results)} for results in (before, after))
+    old, new = ({key: rest for key, *rest in _estimates(results)} for results in (before, after))
     rows = []
     for key in dict.fromkeys((*old, *new)):
         (was, low, high), now = old.get(key, (None, None, None)), new.get(key, (None,))[0]
@@ -276,14 +281,17 @@ def moved(
         beyond = was is None or now is None
         if not beyond and low is not None: beyond = not low <= now <= high
         elif not beyond: beyond = abs(now - was) > tolerance * max(abs(now), abs(was))
-        if beyond or within: rows.append({"key": key, "before": was, "after": now, "low": low, "high": high, "beyond": beyond})
+        row = {"key": key, "before": was, "after": now, "low": low, "high": high, "beyond": beyond}
+        if beyond or within: rows.append(row)
     return rows
 
 # %% ../nbs/lib/store.ipynb #0069a44d
 OKABE_ITO = ["#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442", "#000000"]
 
 def style():
-    """A context in which figures have the project's look: `with style(): fig, ax = plt.subplots()`. Colours: Okabe and Ito (2008)."""
+    """A context in which figures have the project's look: `with style(): fig, ax = plt.subplots()`.
+
+    Colours: Okabe and Ito (2008)."""
     import matplotlib as mpl  # here, for the command line to answer at once
     return mpl.rc_context({
         "axes.prop_cycle": mpl.cycler(color=OKABE_ITO), "axes.spines.top": False, "axes.spines.right": False,

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['THRESHOLDS', 'first_affected', 'Clean', 'Cells', 'Resumed', 'attention', 'Batch', 'Sweep', 'sweep', 'in_float64',
-           'middle_third', 'swept_layers', 'layers_near', 'at_every_layer', 'Shift']
+           'middle_third', 'swept_layers', 'layers_near', 'at_every_layer', 'Shift', 'change', 'odds', 'slope']
 
 # %% ../nbs/00_sweeps.ipynb #5b9b04c3
 import inspect, time, warnings
@@ -522,6 +522,7 @@ class Shift:
     numerators:np.ndarray # (L, B) base − patched
     denominators:np.ndarray # (B,) base − source
     threshold:float
+    layers:list = field(default_factory=list) # L of them
 
     @property
     def used(self): return np.abs(self.denominators) >= self.threshold
@@ -560,18 +561,52 @@ def shift(self:Sweep,
     if name not in self.log_probs: raise ValueError(f"no edit '{name}' in this sweep: there are {', '.join(self.names)}")
     if self.source_log_probs is None: raise ValueError("a belief shift needs source queries: sweep(vlm, base, source, ...)")
     base, source, edited = (self.measured(x, measure, word) for x in (self.base_log_probs, self.source_log_probs, self.log_probs[name]))
-    return Shift(base - edited, base - source, THRESHOLDS[measure])
+    return Shift(base - edited, base - source, THRESHOLDS[measure], list(self.layers))
 
 # %% ../nbs/00_sweeps.ipynb #47549d50
 @patch
 def summary(self:Shift,
     seed:int=0, # of the bootstrap
-) -> dict: # ratio, median, raw: {value, low, high} lists over the layers, n; mean, std: lists; excluded, threshold
+) -> dict: # ratio, median, raw: `Estimate` over the layers; mean, std: lists; excluded, threshold
     "Belief shift over queries with 95 % bootstrap intervals; NaN where no query is left."
     used, none = self.used, [np.nan] * len(self.numerators)
-    found = {"raw": bootstrap(self.numerators.T, seed=seed), "mean": none, "std": none, **{k: {"value": none, "low": none, "high": none, "n": 0} for k in ("ratio", "median")}}
-    pairs, each = np.column_stack([self.numerators.T, self.denominators])[used], self.values[:, used].T
+    pairs = np.column_stack([self.numerators.T, self.denominators])[used]
+    each = self.values[:, used].T
+    absent = {"value": none, "low": none, "high": none, "n": 0}
+    numbers = {"raw": bootstrap(self.numerators.T, seed=seed), "mean": none, "std": none, "ratio": absent, "median": absent}
     if used.any():
-        found["ratio"] = bootstrap(pairs, lambda v: v[:, :-1].sum(0) / v[:, -1].sum(), seed=seed)
-        found.update(median=bootstrap(each, np.median, seed=seed), mean=each.mean(0), std=each.std(0, ddof=1) if len(each) > 1 else none)
-    return {**found, "excluded": int((~used).sum()), "threshold": self.threshold}
+        numbers["ratio"] = bootstrap(pairs, lambda v: v[:, :-1].sum(0) / v[:, -1].sum(), seed=seed)
+        numbers |= {"median": bootstrap(each, np.median, seed=seed), "mean": each.mean(0)}
+        if len(each) > 1: numbers["std"] = each.std(0, ddof=1)
+    return {**numbers, "excluded": int((~used).sum()), "threshold": self.threshold}
+
+@patch(as_prop=True)
+def ratio(self:Shift) -> dict: # layer -> `Estimate`
+    "The belief shift after each layer: sum of numerators over sum of denominators, with its interval. Empty without queries."
+    estimates = self.summary()["ratio"]
+    return {layer: estimates[i] for i, layer in enumerate(self.layers)} if estimates["n"] else {}
+
+# %% ../nbs/00_sweeps.ipynb #f150c28e
+def change(
+    s, # a `Sweep`
+    name:str, # of an edit
+) -> np.ndarray: # (L, B, A)
+    "Change of the log-probability of every answer: steered less original."
+    return (s.log_probs[name] - s.base_log_probs).double().numpy()
+
+# %% ../nbs/00_sweeps.ipynb #91e30140
+def odds(
+    x:np.ndarray, # (..., 2) log-probabilities, or changes of them
+) -> np.ndarray: # (...)
+    "Log-odds of the second answer against the first."
+    return x[..., 1] - x[..., 0]
+
+# %% ../nbs/00_sweeps.ipynb #1c8e166a
+def slope(
+    values:np.ndarray, # (..., K)
+    x:np.ndarray, # (K,) or (..., K)
+) -> np.ndarray: # (...)
+    "Least-squares slope of values on x."
+    x = np.broadcast_to(x, values.shape)
+    x = x - x.mean(-1, keepdims=True)
+    return (x * values).sum(-1) / (x**2).sum(-1)

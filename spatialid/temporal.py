@@ -23,17 +23,23 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import ImageOps
 from scipy.stats import rankdata
 
-from .data import (BEFORE_AFTER, LEFT_RIGHT, FreeScenes, GridVideo, Scene, Video, Videos, read_video,
-                            write_video)
-from .extraction import SpatialIDs, null_of, resample, with_interval
-from .hooks import VLM, Query
-from .mirror_swap import estimate, figure4_groups, object_spans, plot_curves, random_words
-from .results import OKABE_ITO, bootstrap, load_results, results_dir, rng, told
-from .steering import at_place, change, gaussian, odds, pushing, slope, ticks
-from .sweeps import sweep
+from .edits import at_place, gaussian, pushing
+from .extraction import SpatialIDs, null_of
+from .groups import figure4_groups, object_spans, random_words
+from .hooks import VLM
+from .plots import plot_curves
+from .query import Query
+from .questions import BEFORE_AFTER, LEFT_RIGHT
+from .scenes import FreeScenes, Scene
+from .stats import bootstrap, estimate, resample, rng, as_text, with_interval
+from .plots import ticks
+from .store import OKABE_ITO, load_results, results_dir
+from .sweeps import change, odds, slope, sweep
+from .videos import GridVideo, Video, Videos, read_video, write_video
 
 # %% ../nbs/08_temporal.ipynb #98dc6985
 def video_model(
@@ -264,7 +270,7 @@ def with_null(
     shown = {}
     for name in names:
         one = numbers[name]
-        shown[name] = {"value": told(one)}
+        shown[name] = {"value": as_text(one)}
         if "null_mean" in one: shown[name] |= {"null": f"{one['null_mean']:.2f}", "95 %": f"{one['null_high']:.2f}"}
     return shown
 
@@ -898,7 +904,7 @@ def judged(
 ) -> dict:
     "A number, or none and the reason where the model answers no better than chance."
     poor = [accuracy for accuracy in accuracies if accuracy["low"] <= .5]
-    return without_value(one["n"], f"the model answers {told(poor[0])} of these questions right") if poor else one
+    return without_value(one["n"], f"the model answers {as_text(poor[0])} of these questions right") if poor else one
 
 def smaller_slope(
     slopes:dict, # of `frame_slopes`
@@ -963,7 +969,7 @@ def draw_plane(
     for frame, at in enumerate(xy, 1):
         ax.annotate(str(frame), at, textcoords="offset points", xytext=(4, 3), fontsize=7)
     weight = "bold" if layer == fig10b["layer"] else "normal"
-    ax.set_title(f"layer {layer}\nR² {told(line)}, null {line['null_high']:.2f}", fontsize=8, weight=weight)
+    ax.set_title(f"layer {layer}\nR² {as_text(line)}, null {line['null_high']:.2f}", fontsize=8, weight=weight)
     ax.set_aspect("equal", adjustable="datalim")
     ax.margins(.15)
     ax.tick_params(labelsize=7)

@@ -37,15 +37,19 @@ from torch.nn.functional import pad
 from transformers import LlavaForConditionalGeneration
 
 from .claims import report
-from .data import LEFT_RIGHT, OBJECTS, FreeScenes, GridScene, GridScenes, Objects, grid_pairs
-from .extraction import SpatialIDs, add_batch, extract, finish, index_scenes, new_state, subsample
-from .extraction import cell_colour, grid_statistics, orthonormal, plot_ids, with_interval
-from .hooks import VLM, Query
+from .edits import add, at_place, moves, pushing
+from spatialid.extraction import (
+    IDAccumulator, SpatialIDs, cell_colour, extract, grid_statistics, index_scenes, orthonormal, plot_ids,
+    subsample)
+from .hooks import VLM
 from .organisms import BUILDERS, WHERE, Recipe, Stage, build, train, training_log
-from .results import OKABE_ITO, bootstrap, load_results, over_seeds, provenance, results_dir, rng, told
-from .results import write_bytes, write_json
-from .steering import at_place, middle_third, moves, pushing, questions, ticks
-from .sweeps import add, attention, in_float64, sweep
+from .query import Query
+from .questions import LEFT_RIGHT, questions
+from .scenes import OBJECTS, FreeScenes, GridScene, GridScenes, Objects, grid_pairs
+from .stats import bootstrap, over_seeds, rng, as_text, with_interval
+from .plots import ticks
+from .store import OKABE_ITO, load_results, provenance, results_dir, write_bytes, write_json
+from .sweeps import attention, in_float64, middle_third, sweep
 
 # %% ../nbs/09_theory.ipynb #a96b70ed
 def cell_overlap(
@@ -165,7 +169,7 @@ def _columns(rows): return list(dict.fromkeys(chain.from_iterable(rows.values())
 
 def _formatted(row, columns, digits):
     "The numbers of a row as texts."
-    texts = {name: f"{v:.{digits}f}" if isinstance(v, Number) else told(v, digits) for name, v in row.items()}
+    texts = {name: f"{v:.{digits}f}" if isinstance(v, Number) else as_text(v, digits) for name, v in row.items()}
     return [texts.get(name, "") for name in columns]
 
 # %% ../nbs/09_theory.ipynb #50571ee3
@@ -606,7 +610,7 @@ def null_table(
 
 def with_null(estimate)->str:
     "An estimate and the 95 % quantile of its null, as text."
-    return f"{told(estimate)}; null {estimate['null_high']:.2f}"
+    return f"{as_text(estimate)}; null {estimate['null_high']:.2f}"
 
 # %% ../nbs/09_theory.ipynb #7367ac9d
 def components(
@@ -1004,7 +1008,7 @@ class _Sums:
     def __init__(self, index, target, protocol):
         self.index, self.protocol = index, protocol
         self.target = np.asarray(target, dtype=np.float64).reshape(index.m**2, -1)
-        self.state, self.means = {}, {} # {part: sums}, {pair: `Means`}
+        self.state, self.means = {}, {} # {part: `IDAccumulator`}, {pair: `Means`}
         self.attention = self.basis = self.seen = self.error = 0.0
 
     def add_parts(self, rows, parts): # of `_parts`
@@ -1015,8 +1019,9 @@ class _Sums:
         phi["shares"] = heads @ self.target.T
         for name, written_ in phi.items():
             if name not in self.state:
-                self.state[name] = new_state(self.index, written_.shape[1], 0, written_.shape[2], np.float64)
-            add_batch(self.state[name], self.index, rows, written_, self.protocol, [])
+                layers = range(1, written_.shape[1] + 1)
+                self.state[name] = IDAccumulator(self.index, layers, self.protocol)
+            self.state[name].add(rows, written_.astype(np.float64))
         self.attention = self.attention + np.stack([_plain(part.attention) for part in parts], 1).sum(0)
         self.error = max(self.error, *(part.error for part in parts))
 
@@ -1029,8 +1034,7 @@ class _Sums:
 
     def table(self, name, template):
         "The IDs of one of the parts."
-        layers = list(range(1, len(self.state[name]["origin"]) + 1))
-        return finish(self.state[name], self.index, layers, [], template, self.protocol, {})
+        return self.state[name].finish(template)
 
     def written(self, template, n_scenes)->Written:
         "What the sums come to."
@@ -1287,8 +1291,8 @@ def heads_table(heads:dict)->str: # of `strongest_heads`
     rows, attended = [], heads["attention_to_own_patches"]
     for (k, share), name in zip(heads["cumulative"].items(), heads["strongest"]):
         block, head = map(int, name.split("."))
-        rows.append([k, name, told(share), f"{attended[block - 1, head - 1]:.2f}"])
-    rows += [["all", name, told(share), ""] for name, share in heads["total"].items()]
+        rows.append([k, name, as_text(share), f"{attended[block - 1, head - 1]:.2f}"])
+    rows += [["all", name, as_text(share), ""] for name, share in heads["total"].items()]
     return markdown_table(["heads", "block.head", "share of the ID, all so far", "attention to own patches"], rows)
 
 # %% ../nbs/09_theory.ipynb #09c41d47

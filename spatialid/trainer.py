@@ -118,7 +118,7 @@ def half(model):
 
 def mask_of(number:torch.Tensor, # (B, T) question of each token: 0 the picture's or none, −1 padding
             dtype:torch.dtype) -> torch.Tensor: # (B, 1, T, T) additive
-    "Causal attention in which a question sees the picture and itself. Without a mask the library would look at numbers."
+    "Causal attention in which a question sees the picture and itself. Without a mask the library looks at numbers."
     return packed_mask(number).clamp(min=torch.finfo(dtype).min).to(dtype)
 
 

@@ -1,5 +1,6 @@
 "What `import spatialid` offers, and what it costs."
 import ast
+import re
 import resource
 import subprocess
 import sys
@@ -59,7 +60,7 @@ def test_a_notebook_depends_on_what_it_imports_from_the_package():
 LAYERS = (
     {"query", "pictures", "registry", "stats", "processes"},
     {"store", "adapters", "families", "questions"},
-    {"hooks", "claims", "replay"},
+    {"hooks", "claims", "replay", "groups", "plots"},
     {"sweeps", "edits", "scenes"},
     {"videos", "wordings", "extraction"},
     {"benchmarks"},
@@ -88,3 +89,33 @@ def test_modules_import_downwards_only():
         for other in imported_by(path) - {module}:
             beside = any({module, other} <= group for group in BESIDE)
             assert level[other] < level[module] or beside, f"{module} imports {other}"
+
+
+def one_screen():
+    "The code of the README that shows the whole interface."
+    readme = (Path(__file__).parents[1]/"README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", readme, re.S)
+    return next(block for block in blocks if "SpatialIDs, extract, sweep, edits" in block)
+
+
+@pytest.mark.slow
+def test_the_interface_works_as_the_readme_prints_it(capsys):
+    "Word for word, on a small model and with fewer questions and pictures: layer 18 of 30 is layer 5 of 8."
+    code = one_screen()
+    for long, short in (('"llava-smol"', '"llava-tiny"'), ("n=200", "n=6"), ("grid_pairs(20)", "grid_pairs(2), sizes=(74,), px=80"),
+                        ("18", "5")):
+        assert long in code
+        code = code.replace(long, short)
+    lines = code.splitlines()
+    names = {}
+    exec("\n".join(lines[:-1]), names)
+    estimate = names["swept"].shift("objects").ratio[5]
+    assert isinstance(estimate, spatialid.Estimate) and estimate.low <= estimate.value <= estimate.high and estimate.n == 6
+    assert re.fullmatch(r"-?\d\.\d\d \[-?\d\.\d\d, -?\d\.\d\d\], n 6", repr(estimate))
+    assert capsys.readouterr().out.strip().split()[0] in ("left", "right")
+    vlm, base, vector = (names[name] for name in ("vlm", "base", "vector"))
+    steered = eval(lines[-1], names).log_probs["ID"]
+    with vlm.steer(base, {"subject": vector}, layer=5, scale=1): alone = vlm.run(base).log_probs
+    assert (steered[4] - alone).abs().max() < 1e-4, "what a sweep writes at a layer is what steer adds there"
+    score = names["ids"].grid_score(5)
+    assert 0 <= score["value"] <= 1

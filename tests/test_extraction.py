@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,11 +15,10 @@ import torch
 from PIL import Image
 
 from spatialid.benchmarks import placed
-from spatialid.extraction import (SpatialIDs, around, axis_null, choices, choose_layer, compare_slots, cosines, disjoint_halves,
-                                  effective_dimensions, exchanged, extract, grid_axes, grid_design, grid_null, grid_statistics, index_scenes,
-                                  leave_one_out, new_state, on_axes, orthonormal, over_null, over_subsets, pair_weights, smooth_codes, spread_layers,
-                                  stored_ids, subsample, subset_cosines, with_interval)
-from spatialid.extraction import read_checkpoint
+from spatialid import extraction
+from spatialid.extraction import (
+    IDAccumulator, SpatialIDs, axis_null, choices, choose_layer, compare_slots, cosines, disjoint_halves, effective_dimensions, exchanged, extract, grid_axes, grid_design, grid_null, grid_statistics, index_scenes, on_axes, orthonormal, over_subsets, pair_weights, smooth_codes, spread_layers, stored_ids, subsample, subset_cosines)
+from spatialid.stats import around, leave_one_out, over_null, with_interval
 from spatialid.hooks import VLM
 from spatialid.query import Query
 from tiny import tiny_llava
@@ -46,7 +45,8 @@ class Square:
 
     def query(self, template):
         words = {"subject": self.b, "object": self.a}
-        return Query(self.image(), template, {k: v for k, v in words.items() if "{" + k + "}" in template}, ("left", "right"))
+        marked = {k: v for k, v in words.items() if "{" + k + "}" in template}
+        return Query(self.image(), template, marked, ("left", "right"))
 
 
 def squares(pairs=PAIRS, sizes=(74, 224), m=4):
@@ -104,7 +104,8 @@ def slow_ids(scenes, phis, protocol="paper"):
                     differences = []
                     for ac in cells:
                         if (*pair, size, ac, (x, y)) not in phi: continue
-                        group = [v for k, v in phi.items() if k[:2] == pair and k[3] == ac and (protocol == "released" or k[2] == size)]
+                        group = [v for k, v in phi.items() if k[:2] == pair and k[3] == ac
+                                 and (protocol == "released" or k[2] == size)]
                         differences.append(phi[(*pair, size, ac, (x, y))] - np.mean(group, axis=0))
                     ids[:, y, x] += np.mean(differences, axis=0) / len(own)
             table[b, size] = ids
@@ -176,7 +177,7 @@ def test_one_forward_per_image_and_batches_within_a_pair():
 
 
 def test_linear_code_is_recovered():
-    "φ = word + x·h + y·v + what depends on the reference: the IDs are linear, the axes have the directions of h and v."
+    "φ = word + x·h + y·v + what depends on the reference: linear IDs, and axes in the directions of h and v."
     generator = np.random.default_rng(0)
     h, v = generator.normal(size=(2, 2, 6))
     words = {name: 50 * generator.normal(size=(2, 6)) for name in COLOURS}
@@ -190,8 +191,9 @@ def test_linear_code_is_recovered():
         stats = ids.statistics(layer)
         for key in ("total", "r2"):
             assert stats[key]["value"] == pytest.approx(1, abs=1e-10)
-        assert stats["r2"]["p"] < 0.002 and stats["r2"]["null_high"] < 0.9  # (any two-dimensional code lies in its own plane)
-        assert stats["cosine"]["value"] == pytest.approx(h[layer - 1] @ v[layer - 1] / np.linalg.norm(h[layer - 1]) / np.linalg.norm(v[layer - 1]))
+        # any two-dimensional code lies in its own plane, but few are linear
+        assert stats["r2"]["p"] < 0.002 and stats["r2"]["null_high"] < 0.9
+        assert stats["cosine"]["value"] == pytest.approx(cosines(h[layer - 1], v[layer - 1]))
         assert np.allclose(ids.step((0, 3), (2, 1), layer), (1 - 1 / 225) * (2 * h - 2 * v)[layer - 1], atol=1e-12)
     assert np.allclose(ids.step((0, 3), (2, 1))[1], ids.step((0, 3), (2, 1), 2), atol=1e-6)
     assert np.allclose(ids.stderr, 0, atol=1e-12)
@@ -201,7 +203,7 @@ def test_linear_code_is_recovered():
 
 
 def test_released_reads_the_largest_size():
-    "With the position coded twice as strongly at size 224, the released protocol reads that size and centres over both."
+    "Position is coded twice as strongly at size 224: the released protocol reads that size and centres over both."
     code = lambda s: np.full((2, 1), float(s.b_cell[0] * (2 if s.size == 224 else 1)))
     paper, released = (extract(Code(code), plain_scenes(), protocol=p, progress=False) for p in ("paper", "released"))
     near = 1 - 1 / 225
@@ -230,8 +232,10 @@ def naive_statistics(ids):
     share = lambda w: ((X @ w / np.linalg.norm(w))**2).sum() / total
     linear_y, linear_x = (1 - sum_of_squares_left(X, c) / total for c in np.indices((m, m)).reshape(2, -1))
     grid = {"linear_x": linear_x, "linear_y": linear_y, "grid_score": min(linear_x, linear_y)}
-    return h, v, grid | {"total": ((X @ q)**2).sum() / total, "x": share(h), "y": ((X @ q)**2).sum() / total - share(h), "y_alone": share(v),
-                  "cosine": h @ v / np.linalg.norm(h) / np.linalg.norm(v), "r2": 1 - ((X - fit)**2).sum() / total}
+    plane = ((X @ q)**2).sum() / total
+    shares = {"total": plane, "x": share(h), "y": plane - share(h), "y_alone": share(v)}
+    cosine = h @ v / np.linalg.norm(h) / np.linalg.norm(v)
+    return h, v, {**grid, **shares, "cosine": cosine, "r2": 1 - ((X - fit)**2).sum() / total}
 
 
 @pytest.mark.parametrize("m", [2, 3, 4])
@@ -282,7 +286,8 @@ def random_ids(objects=10, noise=1.0, seed=0):
     generator = np.random.default_rng(seed)
     h, v = generator.normal(size=(2, 8))
     y, x = np.mgrid[:4, :4]
-    table = (x[..., None] * h + y[..., None] * v + noise * generator.normal(size=(objects, 1, 1, 4, 4, 8))).astype(np.float32)
+    scatter = noise * generator.normal(size=(objects, 1, 1, 4, 4, 8))
+    table = (x[..., None] * h + y[..., None] * v + scatter).astype(np.float32)
     names = [f"o{i}" for i in range(objects)]
     return SpatialIDs(table, np.ones((objects, 1, 4, 4), int), names, [224], [1], [("a", b) for b in names], TEMPLATE)
 
@@ -307,7 +312,7 @@ def test_a_code_of_rows_alone_has_a_high_r2_and_no_grid_score():
 
 
 def test_axis_null_permutes_within_rows_and_within_columns():
-    "What the other axis explains is left alone: with columns permuted within rows, a code of rows is as it was, and the other way round."
+    "What the other axis explains is left alone: a code of rows is as it was with columns permuted, and vice versa."
     by_row, by_column = row_code(0), row_code(0).swapaxes(0, 1)
     assert np.allclose(axis_null(gram_of(by_row), 50)["linear_x"], 0, atol=1e-12)
     assert np.allclose(axis_null(gram_of(by_column), 50)["linear_y"], 0, atol=1e-12)
@@ -328,7 +333,7 @@ def test_axis_null_equals_permuting_the_ids():
 
 
 def test_the_grid_score_keeps_its_level_for_a_code_of_rows_with_noise():
-    "Each axis against its own null: 5 % of row codes pass. The null of min(S_x, S_y) would let several times as many pass."
+    "Each axis against its own null: 5 % of row codes pass; of the null of min(S_x, S_y) several times as many would."
     n, own, joint = 250, 0, 0
     for i in range(n):
         gram = gram_of(row_code(2.0, seed=i, d=8))
@@ -340,14 +345,15 @@ def test_the_grid_score_keeps_its_level_for_a_code_of_rows_with_noise():
 
 
 def test_smooth_codes_are_what_they_say():
-    "Inner products average to the covariance; R² and the permutation null are fooled by them, their share above the measured grid score is not."
+    "Inner products average to the covariance; R² and the permutation null are fooled by them, the grid score is not."
     codes = smooth_codes(3, 4000, m=3, rows=2)
     y, x = np.divmod(np.arange(6), 3)
     wanted = np.exp(-((x[:, None] - x)**2 + (y[:, None] - y)**2) / 8)
     assert np.abs(codes.mean(0) / 3 - wanted).max() < 0.05
     assert np.linalg.matrix_rank(codes[0]) == 3 and np.array_equal(codes, smooth_codes(3, 4000, m=3, rows=2))
     stats = grid_statistics(smooth_codes(3, 200))
-    assert np.mean(stats["r2"] > 0.5) > 0.9 and np.quantile(stats["grid_score"], 0.05) < 0.15 < np.quantile(stats["grid_score"], 0.95)
+    low, high = np.quantile(stats["grid_score"], [0.05, 0.95])
+    assert np.mean(stats["r2"] > 0.5) > 0.9 and low < 0.15 < high
 
 
 def test_effective_dimensions():
@@ -364,29 +370,34 @@ def test_statistics_carry_the_nulls_of_their_axes():
     assert set(found) == {"total", "x", "y", "y_alone", "cosine", "r2", "linear_x", "linear_y", "grid_score"}
     null = axis_null(gram_of(ids.at(1)), 200)
     for name, draws in null.items():
-        assert found[name]["null_high"] == np.quantile(draws, 0.95) and found[name]["p"] == (1 + (draws >= found[name]["value"]).sum()) / 201
-    assert found["grid_score"]["null_high"] == found["linear_x"]["null_high"] and found["grid_score"]["p"] == found["linear_x"]["p"] > 0.05
+        assert found[name]["null_high"] == np.quantile(draws, 0.95)
+        assert found[name]["p"] == (1 + (draws >= found[name]["value"]).sum()) / 201
+    score, weaker = found["grid_score"], found["linear_x"]
+    assert score["null_high"] == weaker["null_high"] and score["p"] == weaker["p"] > 0.05
     assert found["grid_score"]["smooth_p"] > 0.5 and found["linear_y"]["p"] < 0.01
-    assert over_null(found["linear_x"], found["linear_y"])["value"] == pytest.approx(found["linear_x"]["value"] - found["linear_x"]["null_high"])
+    smallest = over_null(found["linear_x"], found["linear_y"])["value"]
+    assert smallest == pytest.approx(weaker["value"] - weaker["null_high"])
     assert ids.grid_score(1, n_null=200) == found["grid_score"]
 
 
 def test_over_null_is_the_smallest_and_has_no_interval_where_one_has_none():
     one = {"value": 0.5, "low": 0.3, "high": 0.7, "n": 5, "null_high": 0.2}
     other = {"value": 0.4, "low": 0.25, "high": 0.6, "n": 4, "null_high": 0.05}
-    assert over_null(one, other) == {"value": pytest.approx(0.3), "low": pytest.approx(0.1), "high": pytest.approx(0.5), "n": 4}
-    assert over_null(one, {**other, "low": None, "high": None}) == {"value": pytest.approx(0.3), "low": None, "high": None, "n": 4}
+    smallest = {"value": pytest.approx(0.3), "low": pytest.approx(0.1), "high": pytest.approx(0.5), "n": 4}
+    assert over_null(one, other) == smallest
+    assert over_null(one, {**other, "low": None, "high": None}) == {**smallest, "low": None, "high": None}
 
 
 def ids_of(units, layers=(1,), objects=None, **fields):
     "SpatialIDs from units (object, y, x, d), or (object, layer, y, x, d)."
     table = units[:, None] if len(layers) > 1 else units[:, None, None]
     names = objects or [f"o{i}" for i in range(len(units))]
-    return SpatialIDs(table, np.ones((len(units), 1, *table.shape[3:5]), int), names, [224], list(layers), [("a", b) for b in names], TEMPLATE, **fields)
+    counts, pairs = np.ones((len(units), 1, *table.shape[3:5]), int), [("a", b) for b in names]
+    return SpatialIDs(table, counts, names, [224], list(layers), pairs, TEMPLATE, **fields)
 
 
 def test_the_layer_is_chosen_by_the_grid_score_on_the_objects_given():
-    "Rows alone at layer 1 (all of the variance in a plane), a noisy grid at layer 2, a better one at layer 3 for the second half of the objects only."
+    "Rows alone at layer 1, a noisy grid at layer 2, a better one at layer 3 for the second half of the objects only."
     generator = np.random.default_rng(0)
     h, v = generator.normal(size=(2, 12))
     y, x = np.mgrid[:4, :4]
@@ -396,7 +407,8 @@ def test_the_layer_is_chosen_by_the_grid_score_on_the_objects_given():
     ids = ids_of(np.stack(layers, 1), layers=(1, 2, 3))
     assert choose_layer(ids, [1, 2, 3], ["o0", "o1"]) == 2 and choose_layer(ids, [1, 2, 3], ["o2", "o3"]) == 3
     assert choose_layer(ids, [1, 2], ["o0", "o1"], by="total") == 1 and choose_layer(ids, [1], ["o0"]) == 1
-    scores = {layer: ids.statistics(layer, objects=["o0", "o1"], n_null=2)["grid_score"]["value"] for layer in ids.layers}
+    score = lambda layer: ids.statistics(layer, objects=["o0", "o1"], n_null=2)["grid_score"]["value"]
+    scores = {layer: score(layer) for layer in ids.layers}
     assert choose_layer(ids, iter([1, 2, 3]), ["o0", "o1"]) == max(scores, key=scores.get)
     with pytest.raises(ValueError, match="no layer to choose from"):
         choose_layer(ids, [])
@@ -409,7 +421,9 @@ def test_jackknife_is_the_textbook_one_and_contains_its_value():
     x = np.array([0.1, 0.4, 0.2, 0.25])
     found = around(leave_one_out(np.ones(4)) @ x)
     half = 3.182446 * x.std(ddof=1) / 2
-    assert (found["value"], found["low"], found["high"], found["n"]) == (pytest.approx(x.mean()), pytest.approx(x.mean() - half), pytest.approx(x.mean() + half), 4)
+    assert found["n"] == 4
+    for end, expected in (("value", x.mean()), ("low", x.mean() - half), ("high", x.mean() + half)):
+        assert found[end] == pytest.approx(expected)
     assert around(leave_one_out(np.ones(4)) @ x, floor=0.0)["low"] == max(0.0, found["low"])
     over = around(np.array([1 + 1e-12, 1.0, 1.0, 1.0]))
     assert over["low"] <= over["value"] <= over["high"]
@@ -430,9 +444,11 @@ def test_ids_of_ones_own_queries_are_those_of_the_scenes(vlm):
     ours, theirs = (extract(vlm, one, progress=False) for one in (own, scenes))
     order = [ours.objects.index(name) for name in theirs.objects]
     assert np.allclose(ours.table[order], theirs.table, atol=1e-5) and sorted(ours.pairs) == sorted(theirs.pairs)
-    with pytest.raises(ValueError, match=r"does not say in which cells its objects are: give GridScenes, or placed\(queries, cells\)"):
+    message = r"does not say in which cells its objects are: give GridScenes, or placed\(queries, cells\)"
+    with pytest.raises(ValueError, match=message):
         extract(vlm, queries)
-    with pytest.raises(ValueError, match="never shows the object in cell"): extract(vlm, [q for q in own if q.b_cell != (1, 1)])
+    with pytest.raises(ValueError, match="never shows the object in cell"):
+        extract(vlm, [q for q in own if q.b_cell != (1, 1)])
 
 
 def test_layers_may_be_an_array_and_batches_hold_images(vlm, tmp_path):
@@ -440,7 +456,8 @@ def test_layers_may_be_an_array_and_batches_hold_images(vlm, tmp_path):
     scenes = subsample(squares(PAIRS[:1], sizes=(224,)), 2)
     expected = extract(vlm, scenes, layers=[1, 2], progress=False)
     for k, layers in enumerate((np.arange(1, 3), torch.tensor([2, 1]), (2, 1, 2), range(1, 3))):
-        found = extract(vlm, scenes, layers=layers, pair_layers=np.array([2]), checkpoint=tmp_path / f"{k}", progress=False)
+        found = extract(vlm, scenes, layers=layers, pair_layers=np.array([2]), checkpoint=tmp_path / f"{k}",
+                        progress=False)
         assert found.layers == [1, 2] and found.pair_layers == [2] and np.array_equal(found.table, expected.table)
     for layers in ([1.5], 3, "12"):
         with pytest.raises(ValueError, match="layers are whole numbers, not"): extract(vlm, scenes, layers=layers)
@@ -465,11 +482,14 @@ def test_intervals_cover(k):
     generator = np.random.default_rng(0)
     h, v = generator.normal(size=(2, 8))
     y, x = np.mgrid[:4, :4]
-    draw = lambda seed: (x[..., None] * h + 0.7 * y[..., None] * v + 3 * np.random.default_rng(seed).normal(size=(k, 4, 4, 8))).reshape(k, 16, 8)
-    one = lambda seed: with_interval(grid_statistics, draw(seed), weights=np.ones(k))
-    truth = {name: np.mean([found[name]["value"] for found in map(one, range(200))]) for name in ("r2", "total", "linear_x", "grid_score", "cosine")}
+    plane = x[..., None] * h + 0.7 * y[..., None] * v
+    noise = lambda seed: 3 * np.random.default_rng(seed).normal(size=(k, 4, 4, 8))
+    one = lambda seed: with_interval(grid_statistics, (plane + noise(seed)).reshape(k, 16, 8), weights=np.ones(k))
+    fresh, names = [one(seed) for seed in range(200)], ("r2", "total", "linear_x", "grid_score", "cosine")
+    truth = {name: np.mean([found[name]["value"] for found in fresh]) for name in names}
     found = [one(1000 + i) for i in range(200)]
-    covered = {name: np.mean([f[name]["low"] <= mean <= f[name]["high"] for f in found]) for name, mean in truth.items()}
+    holds = lambda name, mean: [draw[name]["low"] <= mean <= draw[name]["high"] for draw in found]
+    covered = {name: np.mean(holds(name, mean)) for name, mean in truth.items()}
     assert min(covered.values()) > 0.85, covered
     assert found[0]["r2"]["n"] == k and one(0) == one(0)
 
@@ -479,7 +499,8 @@ def test_save_load_round_trip(tmp_path, vlm):
     ids.save(tmp_path / "ids.safetensors")
     back = SpatialIDs.load(tmp_path / "ids.safetensors")
     assert all(np.array_equal(getattr(ids, k), getattr(back, k)) for k in ("table", "counts", "pair_ids", "weights"))
-    assert (back.objects, back.layers, back.pairs, back.pair_layers, back.template) == (ids.objects, ids.layers, ids.pairs, [1, 4], TEMPLATE)
+    assert all(getattr(ids, k) == getattr(back, k) for k in ("objects", "layers", "pairs"))
+    assert (back.pair_layers, back.template) == ([1, 4], TEMPLATE)
     assert (ids.slot, back.slot) == ("first", "first")
     assert back.provenance["weight_hash"] == vlm.weight_hash and back.provenance["params"]["images"] == 60
     small = ids.universal()
@@ -527,24 +548,27 @@ def test_wrong_slots_are_one_clear_sentence(tmp_path, vlm, monkeypatch):
     with pytest.raises(ValueError, match="another extraction .different slot"):
         extract(vlm, scenes, checkpoint=path, slot="second", progress=False)
     monkeypatch.setenv("SPATIALID_RESULTS", str(tmp_path))
-    with pytest.raises(FileNotFoundError, match="no spatial IDs of some at results/some/spatial_ids_second.safetensors"):
+    path = Path("results/some/spatial_ids_second.safetensors")
+    with pytest.raises(FileNotFoundError, match=f"no spatial IDs of some at {path}"):
         stored_ids(vlm, "some", slot="second")
-    extract(vlm, scenes, slot="second", progress=False).save(tmp_path / "results" / "some" / "spatial_ids_second.safetensors")
+    extract(vlm, scenes, slot="second", progress=False).save(tmp_path / path)
     assert stored_ids(vlm, "some", slot="second").slot == "second"
 
 
 def test_slots_of_place_and_of_relation():
-    "A code of place has cosine 1 between the slots, one of the relation −1; a code may turn round along one axis only."
+    "A code of place has cosine 1 between the slots, one of the relation −1; a code may turn along one axis only."
     first = random_ids(objects=5, noise=0.5)
     y, x = np.mgrid[:4, :4]
     h, v = np.random.default_rng(0).normal(size=(2, 8))
     turned = first.table.astype(float) - 2 * (x[..., None] - 1.5) * h  # along x the other way round
     names = {"place": first.table, "relation": -first.table, "x": turned}
-    seconds = {name: SpatialIDs(table, first.counts, first.objects, [224], [1], first.pairs, TEMPLATE, slot="second") for name, table in names.items()}
-    place, relation, along_x = (compare_slots(first, seconds[name], 1) for name in names)
-    assert all(place[key]["value"] == pytest.approx(1) and relation[key]["value"] == pytest.approx(-1) for key in ("cells", "x", "y"))
+    second = lambda table: replace(first, table=table, slot="second")
+    place, relation, along_x = (compare_slots(first, second(table), 1) for table in names.values())
+    for key in ("cells", "x", "y"):
+        assert place[key]["value"] == pytest.approx(1) and relation[key]["value"] == pytest.approx(-1)
     assert place["same_slot"]["value"] == pytest.approx(place["other_slot"]["value"]) and place["cells"]["n"] == 5
-    assert along_x["x"]["value"] < -0.9 and along_x["y"]["value"] > 0.9 and along_x["x"]["low"] <= along_x["x"]["value"] <= along_x["x"]["high"]
+    assert along_x["x"]["value"] < -0.9 and along_x["y"]["value"] > 0.9
+    assert along_x["x"]["low"] <= along_x["x"]["value"] <= along_x["x"]["high"]
     units = first.units(1)[0]
     pairs = [cosines(units[i], units[j]).mean() for i in range(5) for j in range(5) if i != j]
     assert place["same_slot"]["value"] == pytest.approx(np.mean(pairs))
@@ -556,20 +580,22 @@ def pair_ids_of(k, d=6, seed=0):
     "Names, ordered pairs, their IDs (pair, 16, d) and inner products (16, pair, pair)."
     names = [f"o{i}" for i in range(k)]
     pairs = [(a, b) for a in names for b in names if a != b]
-    of_pair = np.random.default_rng(seed).normal(size=(len(pairs), 16, d)) + np.random.default_rng(99).normal(size=(16, d))
+    shared = np.random.default_rng(99).normal(size=(16, d))
+    of_pair = np.random.default_rng(seed).normal(size=(len(pairs), 16, d)) + shared
     return names, pairs, of_pair, np.einsum("pcd,qcd->cpq", of_pair, of_pair)
 
 
 def slow_cosine(one, other, pairs, of_pair):
     "Mean over cells of the cosine of the IDs of two sets of objects, from the IDs themselves."
-    means = [np.mean([of_pair[i] for i, pair in enumerate(pairs) if set(pair) <= set(some)], axis=0) for some in (one, other)]
-    return np.mean([a @ b / np.linalg.norm(a) / np.linalg.norm(b) for a, b in zip(*means)])
+    mean = lambda some: np.mean([of_pair[i] for i, pair in enumerate(pairs) if set(pair) <= set(some)], axis=0)
+    return np.mean([a @ b / np.linalg.norm(a) / np.linalg.norm(b) for a, b in zip(mean(one), mean(other))])
 
 
 def test_subsets_from_inner_products_equal_the_ids_themselves():
     names, pairs, of_pair, gram = pair_ids_of(6)
     subsets = choices(names, 3)
-    assert len(subsets) == 20 and len(choices(names, 3, limit=7)) == 7 and choices(names, 3, limit=7) == choices(names, 3, limit=7)
+    few = choices(names, 3, limit=7)
+    assert len(subsets) == 20 and len(few) == 7 and few == choices(names, 3, limit=7)
     whole = pair_weights(pairs, [names])
     measure = lambda some: subset_cosines(pair_weights(pairs, some), whole, gram)
     assert np.allclose(measure(subsets), [slow_cosine(one, names, pairs, of_pair) for one in subsets], atol=1e-12)
@@ -577,7 +603,8 @@ def test_subsets_from_inner_products_equal_the_ids_themselves():
     without = [np.mean([v for v, one in zip(measure(subsets), subsets) if name not in one]) for name in names]
     assert found == {**around(np.array([measure(subsets).mean(), *without])), "subsets": 20} and found["n"] == 6
     complete = over_subsets(measure, names, 6)
-    assert complete["value"] == pytest.approx(1) and complete["subsets"] == 1 and complete["n"] == 6 and complete["low"] < complete["value"]
+    assert complete["value"] == pytest.approx(1) and complete["low"] < complete["value"]
+    assert complete["subsets"] == 1 and complete["n"] == 6
     with pytest.raises(ValueError, match="no pair of objects: give at least two"):
         pair_weights(pairs, [["o0"]])
 
@@ -586,7 +613,8 @@ def test_disjoint_halves_have_no_object_in_common():
     names, pairs, of_pair, gram = pair_ids_of(5)
     halves = [(one, [n for n in names if n not in one]) for one in choices(names, 2)]
     found = disjoint_halves(names, pairs, gram)
-    assert found["value"] == pytest.approx(np.mean([slow_cosine(*two, pairs, of_pair) for two in halves])) and found["n"] == 5
+    slow = [slow_cosine(*two, pairs, of_pair) for two in halves]
+    assert found["value"] == pytest.approx(np.mean(slow)) and found["n"] == 5
     assert found["low"] <= found["value"] <= found["high"]
     names, pairs, of_pair, gram = pair_ids_of(4)
     assert disjoint_halves(names, pairs, gram)["low"] is None
@@ -610,7 +638,8 @@ def test_stored_ids_are_those_of_the_same_weights(tmp_path, monkeypatch, vlm):
     assert np.array_equal(stored_ids(vlm, "here/some").table, ids.table)
     ids.provenance["weight_hash"] = "0"
     ids.save(tmp_path / "results" / "some" / "spatial_ids.safetensors")
-    with pytest.raises(ValueError, match="extracted from other weights than those of .*: load that model, or run notebook 03 again"):
+    message = "extracted from other weights than those of .*: load that model, or run notebook 03 again"
+    with pytest.raises(ValueError, match=message):
         stored_ids(vlm, "here/some")
 
 
@@ -653,12 +682,14 @@ def test_checkpoint_of_another_extraction_is_refused(tmp_path, vlm):
     scenes, path = subsample(squares(PAIRS[:1], sizes=(224,)), 2), tmp_path / "c.safetensors"
     extract(vlm, scenes, checkpoint=path, progress=False)
     other = VLM(*tiny_llava(seed=1), name="tiny")
-    for wrong, calls in {"weights": lambda: extract(other, scenes, checkpoint=path, progress=False),
-                         "template": lambda: extract(vlm, scenes, template="A {subject} and a {object}.", checkpoint=path, progress=False),
-                         "batch_size": lambda: extract(vlm, scenes, batch_size=7, checkpoint=path, progress=False),
-                         "scenes": lambda: extract(vlm, subsample(squares(PAIRS[:1], sizes=(74,)), 2), checkpoint=path, progress=False)}.items():
+    smaller = subsample(squares(PAIRS[:1], sizes=(74,)), 2)
+    calls = {"weights": lambda: extract(other, scenes, checkpoint=path, progress=False),
+             "template": lambda: extract(vlm, scenes, "A {subject} and a {object}.", checkpoint=path, progress=False),
+             "batch_size": lambda: extract(vlm, scenes, batch_size=7, checkpoint=path, progress=False),
+             "scenes": lambda: extract(vlm, smaller, checkpoint=path, progress=False)}
+    for wrong, call in calls.items():
         with pytest.raises(ValueError, match=f"another extraction .different .*{wrong}"):
-            calls()
+            call()
     path.write_bytes(path.read_bytes()[:500])
     with pytest.raises(ValueError, match="cut short"):
         extract(vlm, scenes, checkpoint=path, progress=False)
@@ -689,11 +720,13 @@ def test_ctrl_c_keeps_the_work_and_says_so(tmp_path):
     for n in (60, 200, 500):
         with pytest.raises(KeyboardInterrupt, match=r"of 960 images; the same call goes on from") as stopped:
             extract(stop_at(n), scenes, batch_size=50, checkpoint=path, progress=False)
-        kept = int(read_checkpoint(path, {})["done"])
-        assert kept > 0 and f"stopped after {kept} of" in str(stopped.value), "what is kept is counted without a bar, too"
+        sums = IDAccumulator(index_scenes(scenes), [1, 2])
+        sums.load(path, {})
+        assert sums.done > 0 and f"stopped after {sums.done} of" in str(stopped.value), "counted without a bar, too"
     last = Code(noise.__getitem__)
     resumed = extract(last, scenes, batch_size=50, checkpoint=path, progress=False)
-    assert last.images <= 240 and np.array_equal(whole.table, resumed.table) and np.array_equal(whole.counts, resumed.counts)
+    assert last.images <= 240
+    assert np.array_equal(whole.table, resumed.table) and np.array_equal(whole.counts, resumed.counts)
 
 
 SCRIPT = """
@@ -706,7 +739,8 @@ class Slow(VLM):
     def run(self, *args, **kwargs):
         time.sleep({pause})
         return super().run(*args, **kwargs)
-ids = extract(Slow(*tiny_llava(), name="tiny"), subsample(squares(), 3), batch_size=16, pair_layers=[2], checkpoint={checkpoint!r}, save_every=0, progress=False)
+ids = extract(Slow(*tiny_llava(), name="tiny"), subsample(squares(), 3), batch_size=16, pair_layers=[2],
+              checkpoint={checkpoint!r}, save_every=0, progress=False)
 ids.save({result!r})
 """
 
@@ -714,8 +748,10 @@ ids.save({result!r})
 @pytest.mark.slow
 def test_a_killed_process_resumes_bit_identically(tmp_path):
     def start(name, checkpoint, pause):
-        script = SCRIPT.format(tests=str(Path(__file__).parent), checkpoint=str(tmp_path / checkpoint), result=str(tmp_path / name), pause=pause)
-        return subprocess.Popen([sys.executable, "-c", script], env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=Path(__file__).parents[1])
+        script = SCRIPT.format(tests=str(Path(__file__).parent), checkpoint=str(tmp_path / checkpoint),
+                               result=str(tmp_path / name), pause=pause)
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        return subprocess.Popen([sys.executable, "-c", script], env=environment, cwd=Path(__file__).parents[1])
     whole = start("whole.safetensors", "whole.checkpoint", 0)
     broken = start("broken.safetensors", "broken.checkpoint", 0.1)
     deadline = time.monotonic() + 60
@@ -731,10 +767,71 @@ def test_a_killed_process_resumes_bit_identically(tmp_path):
     assert a.table.any() and len(list(tmp_path.glob("*"))) == 4  # and no temporary files left
 
 
-def test_state_does_not_grow_with_images():
+def accumulated(scenes, pairs, **settings):
+    "An accumulator that has seen some of the pairs, with a random φ for each scene."
+    sums = IDAccumulator(index_scenes(scenes), [1, 2], **settings)
+    phi = np.random.default_rng(0).normal(size=(len(scenes), 2, 5))
+    for rows in sums.index.batches(0, 32):
+        if sums.index.pair[rows[0]] in pairs:
+            sums.add(rows, phi[rows.start:rows.stop])
+    return sums
+
+
+@pytest.mark.parametrize("protocol", ["paper", "released"])
+def test_two_halves_merged_equal_one_extraction(protocol):
+    "Also where both halves have pairs of the same object; whatever the order of the two."
+    scenes = subsample(squares(), 3)
+    settings = dict(protocol=protocol, pair_layers=[2])
+    whole = accumulated(scenes, {0, 1, 2, 3}, **settings)
+    for first, second in (({0, 1}, {2, 3}), ({1, 3}, {0, 2}), (set(), {0, 1, 2, 3})):
+        merged = accumulated(scenes, first, **settings).merge(accumulated(scenes, second, **settings))
+        one, both = whole.finish(TEMPLATE), merged.finish(TEMPLATE)
+        assert np.allclose(one.table, both.table, rtol=0, atol=1e-12) and np.array_equal(one.counts, both.counts)
+        assert np.array_equal(one.pair_ids, both.pair_ids) and merged.done == len(scenes)
+
+
+def test_merging_does_not_change_what_was_merged():
+    scenes = subsample(squares(sizes=(224,)), 2)
+    part, empty = accumulated(scenes, {0, 1}), accumulated(scenes, set())
+    before = part.sums["table"].copy()
+    empty.merge(part).merge(accumulated(scenes, {2, 3}))
+    assert np.array_equal(part.sums["table"], before) and part.done == len(scenes) // 2
+
+
+def test_what_cannot_be_merged_or_finished_is_refused():
+    scenes = subsample(squares(sizes=(224,)), 2)
+    part = accumulated(scenes, {0, 1})
+    with pytest.raises(ValueError, match="both extractions have seen the same pair"):
+        part.merge(accumulated(scenes, {1, 2}))
+    with pytest.raises(ValueError, match="other scenes, layers or protocols"):
+        part.merge(accumulated(scenes, {2, 3}, protocol="released"))
+    with pytest.raises(ValueError, match="2 of 4 pairs were not added"):
+        part.finish(TEMPLATE)
+    begun = IDAccumulator(part.index, [1, 2])
+    begun.add(range(3), np.zeros((3, 2, 5)))
+    with pytest.raises(ValueError, match="in the middle of a pair"):
+        part.merge(begun)
+    with pytest.raises(ValueError, match="2 scenes of pair .* were not added"):
+        begun.add(range(5, 30), np.zeros((25, 2, 5)))
+
+
+def test_an_accumulator_goes_on_from_its_file(tmp_path):
+    scenes, path = subsample(squares(sizes=(224,)), 2), tmp_path / "sums"
+    part, again = accumulated(scenes, {0, 1}), IDAccumulator(index_scenes(scenes), [1, 2])
+    again.load(path, {"prompt": "a"})
+    assert again.done == 0, "there is no file yet"
+    part.save(path, {"prompt": "a"})
+    again.load(path, {"prompt": "a"})
+    assert again.done == part.done and all(np.array_equal(array, again.sums[k]) for k, array in part.sums.items())
+    with pytest.raises(ValueError, match="another extraction .different prompt"):
+        again.load(path, {"prompt": "b"})
+
+
+def test_sums_do_not_grow_with_images():
     def size(scenes):
-        index = index_scenes(scenes)
-        return sum(v.nbytes for v in new_state(index, 2, 1, 8, np.float32).values())
+        sums = IDAccumulator(index_scenes(scenes), [1, 2], pair_layers=[1])
+        sums.add(range(1), np.zeros((1, 2, 8), np.float32))
+        return sum(array.nbytes for array in sums.sums.values())
     few, many = subsample(squares(), 2), squares()
     assert size(few) == size(many) and len(many) == 8 * len(few)
     index = index_scenes(many)
@@ -762,19 +859,154 @@ def test_half_precision_is_accumulated_in_single():
 
 
 def test_the_committed_numbers_are_what_the_register_reads():
-    "Every rule of this notebook finds its number, or the file says why there is none; intervals contain their values; layers follow the rule."
+    "Every rule finds its number, or the file says why there is none; intervals contain values; layers follow the rule."
     root = Path(__file__).parents[1]
     found = json.loads((root / "results" / "llava-tiny" / "03_extraction.json").read_text())
-    rules = [c["rule"] for c in json.loads((root / "nbs" / "claims.json").read_text()) if c["rule"] and c["rule"]["notebook"] == "03_extraction"]
+    rules = [claim["rule"] for claim in json.loads((root / "nbs" / "claims.json").read_text()) if claim["rule"]]
+    rules = [rule for rule in rules if rule["notebook"] == "03_extraction"]
     for rule in rules:
         one = found["claims"][rule["key"].removeprefix("claims.")]
         assert one.get("not_judged") or one["low"] <= one["value"] <= one["high"], rule["key"]
     layer = found["layer"]
     assert layer["rule"] == "grid score" and {layer["best"], layer["most_variance"]} <= set(layer["candidates"])
-    assert not set(layer["chosen_on"]) & set(layer["reported_on"]) and len(layer["chosen_on"]) <= len(layer["reported_on"])
+    assert not set(layer["chosen_on"]) & set(layer["reported_on"])
+    assert len(layer["chosen_on"]) <= len(layer["reported_on"])
     for one in found["by_layer"].values():
         assert one["r2"]["value"] == pytest.approx(one["linear_x"]["value"] + one["linear_y"]["value"])
         assert one["grid_score"]["value"] == pytest.approx(min(one["linear_x"]["value"], one["linear_y"]["value"]))
     assert set(found["slots"]) == set(found["by_layer"])
     second = SpatialIDs.load(root / "results" / "llava-tiny" / "spatial_ids_second.safetensors")
     assert second.slot == "second" and list(map(str, second.layers)) == list(found["slots"])
+
+
+# --- the parts of the notebook's experiment
+
+def test_layers_and_objects_are_split_into_halves():
+    assert extraction.middle_layers(8) == [3, 4, 5, 6] and extraction.middle_layers(30) == list(range(8, 23))
+    assert extraction.split_objects(list("abcde")) == (["b", "d"], ["a", "c", "e"])
+    assert extraction.split_objects(list("abcd")) == (["a", "c"], ["b", "d"])
+    assert extraction.nested_choices(10) == ([3, 5, 8, 10], 8) and extraction.nested_choices(3) == ([3], 3)
+    assert extraction.nested_choices(6) == ([3, 5, 6], 6) and extraction.nested_choices(9) == ([3, 5, 8, 9], 8)
+
+
+def test_a_checkpoint_has_another_file_for_other_settings():
+    path = extraction.checkpoint_path("main", seed=0, sizes=[1])
+    assert path == extraction.checkpoint_path("main", sizes=[1], seed=0) and path.name.startswith("03_main_")
+    assert path != extraction.checkpoint_path("main", seed=1, sizes=[1]) != extraction.checkpoint_path("prompt", seed=1)
+
+
+def test_words_are_the_same_in_both_orders(double):
+    "Means over the two orders and over the pairs of each object; centred words are opposite to each other."
+    ids = extract(double, subsample(squares(PAIRS, sizes=(224,)), 2), progress=False)
+    raw = extraction.word_activations(double, ids, 2)
+    assert raw.shape == (3, 4, ids.table.shape[-1]) and raw.dtype == np.float64
+    question = "Is the {subject} to the {right} or {left} of the {object}?"
+    by_hand = []
+    for a, b in [pair for pair in PAIRS if pair[1] == "cup"]:
+        words = {"subject": b, "object": a, "left": "left", "right": "right"}
+        for text in (question, question.replace("{right} or {left}", "{left} or {right}")):
+            run = double.run([Query(None, text, words)], layers=[2], at="left")
+            by_hand.append(run.residuals[2][0, 0].numpy())
+    assert np.allclose(raw[ids.objects.index("cup"), 0], np.mean(by_hand, axis=0), atol=1e-10)
+    centred = extraction.centred_words(raw)
+    assert np.allclose(centred[:, 0], -centred[:, 1]) and np.allclose(raw[:, 2] - raw[:, 3], 2 * centred[:, 2])
+
+
+def test_margins_of_words():
+    "A word on the leftmost column is all the way at it; one halfway between the columns at neither."
+    ids = random_ids(objects=4, noise=0)
+    at = ids.at(1)
+    middle = at.mean((0, 1))
+    words = np.stack([np.stack([at[:, 0].mean(0), middle, middle, middle])] * 4)
+    margins = extraction.word_margins(ids, words, 1)
+    assert margins["left"]["value"] == pytest.approx(1) and margins["right"]["value"] == pytest.approx(0, abs=1e-6)
+    assert extraction.nearer(5.0, 0.0, 3.0) == -1 and margins["left"]["n"] == 4
+
+
+def ids_with_pairs(k=6, noise=0.5, sizes=(74, 224)):
+    "IDs of k objects whose table and pairs agree, at one layer."
+    names, pairs, of_pair, _ = pair_ids_of(k, d=8, seed=1)
+    of_pair = of_pair.reshape(len(pairs), 1, 4, 4, 8)
+    table = np.stack([np.mean([of_pair[i] for i, p in enumerate(pairs) if p[1] == name], axis=0) for name in names])
+    by_size = np.stack([table + noise * i for i in range(len(sizes))], axis=1) * np.linspace(1, 2, 16).reshape(4, 4, 1)
+    provenance = {"model": "tiny", "organism": True, "params": {"images": 7}}
+    return SpatialIDs(by_size, np.ones((k, len(sizes), 4, 4), int), names, list(sizes), [1], pairs, TEMPLATE,
+                      pair_ids=of_pair, pair_layers=[1], provenance=provenance)
+
+
+def test_subsets_on_the_axes_of_the_first_objects():
+    ids = ids_with_pairs()
+    subsets = extraction.PairSubsets(ids, 1, 4)
+    some = [("o0", "o1", "o5"), ("o2", "o3", "o4")]
+    basis = orthonormal(grid_axes(ids.of_pairs(1, ids.objects[:4])))
+    for subset, xy, share in zip(some, subsets.coordinates(some), subsets.variance(some)):
+        flat = ids.of_pairs(1, subset).reshape(16, 8)
+        centred = flat - flat.mean(0)
+        assert np.allclose(xy, flat @ basis.T)
+        assert share == pytest.approx(((centred @ basis.T)**2).sum() / (centred**2).sum())
+    assert np.allclose(subsets.cosine_to_rest(some), subsets.cosine(some, some[::-1]))
+    assert subsets.nearest_column([subsets.reference])[0] == 1
+    assert set(subsets.measured(3)) == {"variance", "cosine_to_all", "nearest_column", "cosine_to_rest"}
+    assert "cosine_to_rest" not in subsets.measured(4) and subsets.measured(3)["variance"]["low"] >= 0
+
+
+def test_ids_compared_with_themselves_are_at_home():
+    ids = ids_with_pairs()
+    same = extraction.compare_ids(ids, ids, 1, 224, 224)
+    assert same["nearest_column"]["value"] == 1 and same["cosine"] == pytest.approx(1)
+    assert same["variance"]["value"] == pytest.approx(ids.statistics(1, 224)["total"]["value"])
+    assert extraction.compare_ids(ids, ids, 1, 224, 74)["nearest_column"]["value"] < 1
+    found = extraction.size_invariance(ids, 1, 224)
+    shares = [extraction.compare_ids(ids, ids, 1, 224, size)["variance"]["value"] for size in (224, 74)]
+    assert found["drop"]["value"] == pytest.approx(shares[0] - shares[1])
+
+
+def number(value, low=None, high=None, n=5):
+    return {"value": value, "low": low, "high": high, "n": n}
+
+
+def test_claims_say_what_cannot_be_judged():
+    held_out = {key: {**number(0.6, 0.4, 0.8), "null_high": 0.55} for key in ("linear_x", "linear_y", "r2", "total")}
+    found = extraction.grid_claims({**held_out, "cosine": number(-0.2, -0.3, -0.1)})
+    assert found["variance_over_half_and_null"]["low"] == pytest.approx(0.4 - 0.55)
+    assert found["axis_cosine"]["value"] == pytest.approx(0.2) and found["grid_score_over_null"]["n"] == 5
+    scaling = {6: {"variance": number(0.7), "nearest_column": number(1.0)}}
+    few = extraction.pair_claims(scaling, None, 3)
+    assert few["variance_6_pairs"]["value"] == 0.7
+    assert "20 pairs take 5 objects" in few["variance_20_pairs"]["not_judged"]
+    assert few["invariance_cosine"]["value"] is None and few["pairs_nearest_cell"]["value"] == 1
+    by_size = {74: {"variance": number(0.5)}, 124: {"variance": number(0.9)}, 224: {"variance": number(0.4)}}
+    invariance = {"drop": number(0.1), "nearest_column": number(0.8)}
+    assert extraction.size_claims(by_size, invariance, 124)["size_variance_min"]["value"] == 0.4
+    one = extraction.size_claims({74: by_size[74]}, invariance, 74)
+    assert all("one size of object" in claim["not_judged"] for claim in one.values()) and len(one) == 3
+    assert extraction.less(number(0.5), 0.1) == {"value": 0.4, "low": None, "high": None, "n": 5}
+
+
+def test_tables_have_a_line_for_each_row():
+    table = extraction.numbers_table({6: {"variance": number(0.5, 0.25, 0.75), "cosine": 0.123}, 90: {"cosine": 1.0}})
+    assert table.splitlines() == ["6   variance 0.50 [0.25, 0.75], cosine 0.12", "90  cosine 1.00"]
+    statistics = {"r2": {**number(0.5), "null_mean": 0.1, "null_high": 0.2, "p": 0.001}}
+    assert "r2  " in (table := extraction.statistics_table(statistics)) and "95 % below 0.20" in table
+
+
+def test_figures_show_what_they_say():
+    from matplotlib.figure import Figure
+    ids = ids_with_pairs()
+    by_layer, subsets = {1: ids.statistics(1, n_null=20)}, extraction.PairSubsets(ids, 1, 6)
+    compared, slots = extraction.compare_ids(ids, ids, 1), {1: compare_slots(ids, replace(ids, slot="second"), 1)}
+    scaling = {30: subsets.measured(6)}
+    figures = [Figure() for _ in range(6)]
+    extraction.plot_layers(figures[0], ids, by_layer, 1)
+    extraction.plot_layer_curves(figures[1], by_layer, 1)
+    extraction.plot_pairs(figures[2], subsets, [3, 6], scaling)
+    extraction.plot_prompts(figures[3], {"a": ids, "b": ids}, {"a": compared, "b": compared}, 1)
+    extraction.plot_slots(figures[4], slots, ids, ids, 1)
+    extraction.plot_sizes(figures[5], ids, {74: compared, 224: compared}, 1, 224)
+    assert [len(figure.axes) for figure in figures] == [8, 3, 3, 2, 3, 3]
+    assert "layer 1, chosen" in figures[0].axes[0].get_title() and not figures[0].axes[1].axison
+    ax = Figure().subplots()
+    extraction.plot_figure5(ax, ids, 1, by_layer[1], {"left": (-99.0, 0.0), "right": (0.5, 0.0)})
+    labels = [text.get_text() for text in ax.texts]
+    assert any(label.startswith("left (×") for label in labels) and "right" in labels
+    assert "tiny (organism, 6 objects, 7 images), layer 1 of 1" in ax.get_title()

@@ -19,11 +19,13 @@ from safetensors.torch import load_file
 from transformers import TrainingArguments
 
 from spatialid import finetune as ft
-from spatialid.data import Benchmark, GridScenes, grid_pairs, write_benchmark
+from spatialid.benchmarks import Benchmark, write_benchmark
+from spatialid.scenes import GridScenes, grid_pairs
 from spatialid.extraction import SpatialIDs
 from spatialid.finetune import (PAPER, Groups, Pictures, Settings, SpatialIDLoss, finetune, group_loss, question,
                                 sampled, teach, unfreeze)
-from spatialid.hooks import FAMILIES, VLM
+from spatialid.families import FAMILIES
+from spatialid.hooks import VLM
 from tiny import tiny, tiny_llava
 
 SMALL = replace(PAPER, steps=4, every=2, lr=1e-3, last_k=1, layer=2, held=2, instruction="")

@@ -1,4 +1,4 @@
-"Mirror swap: pairs and groups are what their names say, readings of curves are right on known curves, and the results are complete."
+"Mirror swap: pairs and groups are what their names say, readings of curves are right, results are complete."
 import json
 import re
 from dataclasses import replace
@@ -11,14 +11,13 @@ import torch
 from PIL import Image
 
 from spatialid.store import read_results
+from spatialid.groups import figure4_groups, object_spans, text_but_objects, whole_objects
 from spatialid import mirror_swap as ms
 from spatialid.benchmarks import Benchmark, write_benchmark
 from spatialid.scenes import FreeScenes
 from spatialid.hooks import VLM
 from spatialid.query import Query
-from spatialid.stats import absolute
-from spatialid.stats import shown
-from spatialid.stats import rng
+from spatialid.stats import rng, absolute, as_text
 from spatialid.store import style
 from spatialid.sweeps import sweep
 from tiny import tiny, tiny_llava
@@ -56,8 +55,8 @@ def test_questions_are_in_one_wording_and_order(base):
     assert all(q.answers == ("left", "right") and " left or right " in q.text and q.truth in q.answers for q in base)
     again = ms.left_right(FreeScenes(1000, seed="test", px=32), 6)
     assert all(a.text == b.text and same(a.image, b.image) for a, b in zip(base, again))
-    asked = ms.left_right(FreeScenes(1000, seed="test", px=32), 2, instruction=" Answer {} or {}.")
-    assert asked[0].text == base[0].text + " Answer left or right."
+    instructed = ms.left_right(FreeScenes(1000, seed="test", px=32), 2, instruction=" Answer {} or {}.")
+    assert instructed[0].text == base[0].text + " Answer left or right."
 
 
 @pytest.mark.slow
@@ -73,7 +72,8 @@ def test_the_benchmark_gives_one_question_for_each_image(tmp_path):
 def test_recolouring_is_seeded_by_row_and_keeps_shape_and_truth(base):
     q = base[0]
     one, again, other = ms.recoloured(q, 0, 3), ms.recoloured(q, 0, 3), ms.recoloured(q, 0, 4)
-    assert same(one.image, again.image) and not same(one.image, other.image) and not same(one.image, ms.recoloured(q, 1, 3).image)
+    assert same(one.image, again.image) and not same(one.image, other.image)
+    assert not same(one.image, ms.recoloured(q, 1, 3).image)
     assert one.truth == q.truth and one.image.size == q.image.size
     value = [np.asarray(p.convert("HSV"))[..., 2].astype(int) for p in (q.image, one.image)]
     assert abs(value[0] - value[1]).max() <= 2  # hue and saturation change, brightness does not
@@ -91,7 +91,8 @@ def test_exchanging_colours_moves_nothing():
         assert a.text == b.text and {a.truth, b.truth} == set(a.answers) == {a.words["first"], a.words["second"]}
         assert not same(a.image, b.image)
     scene = next(s for s in scenes if len({t.colour for t in s.things}) == 2)
-    swapped = replace(scene, things=tuple(replace(t, colour=c) for t, c in zip(scene.things, [t.colour for t in scene.things][::-1])))
+    colours = [thing.colour for thing in scene.things]
+    swapped = replace(scene, things=tuple(replace(t, colour=c) for t, c in zip(scene.things, colours[::-1])))
     assert scene.canvas()[1] == swapped.canvas()[1]  # the same boxes
 
 
@@ -104,44 +105,51 @@ def test_moving_mirrors_the_places_alone():
     scene = FreeScenes(5, seed="moved", **TWO)[0]
     there = ms.moved(scene)
     assert [1 - t.x for t in there.things] == pytest.approx([t.x for t in scene.things])
-    assert [(t.y, t.size, t.name, t.colour) for t in there.things] == [(t.y, t.size, t.name, t.colour) for t in scene.things]
+    looks = lambda scene: [(t.y, t.size, t.name, t.colour) for t in scene.things]
+    assert looks(there) == looks(scene)
     questions = [ms.left_right([s], 1) for s in (scene, there)]
-    if questions[0]: assert questions[0][0].text == questions[1][0].text and questions[0][0].truth != questions[1][0].truth
+    if questions[0]:
+        (here, *_), (moved, *_) = questions
+        assert here.text == moved.text and here.truth != moved.truth
 
 
 # --- groups
 
 def test_released_text_begins_two_image_tokens_early(vlm, base):
     q = base[0]
-    text, released, image = (vlm.positions(q, g) for g in ("text", ms.figure4_groups(vlm, "released")["text"], "image"))
+    text, released, image = (vlm.positions(q, g) for g in ("text", figure4_groups(vlm, "released")["text"], "image"))
     assert released == image[-2:] + text
-    assert {k: v for k, v in ms.figure4_groups(vlm, "released").items() if k != "text"} == {k: v for k, v in ms.figure4_groups(vlm).items() if k != "text"}
-    with pytest.raises(KeyError): ms.figure4_groups(vlm, "other")
+    others = lambda protocol: {k: v for k, v in figure4_groups(vlm, protocol).items() if k != "text"}
+    assert others("released") == others("paper")
+    with pytest.raises(KeyError): figure4_groups(vlm, "other")
 
 
 def characters(vlm, q, rows):
     "The words of the question that the tokens touch."
     layout = vlm.layout(q)
     spans = [layout.offsets[row + len(layout.tail)] for row in rows]
-    return {w for w, (a, b) in ((m.group(), m.span()) for m in re.finditer(r"\w+", q.text)) if any(s < b and a < e for s, e in spans)}
+    touched = lambda m: any(start < m.end() and m.start() < end for start, end in spans)
+    return {m.group() for m in re.finditer(r"\w+", q.text) if touched(m)}
 
 
 def test_groups_of_words(vlm, base):
     for q in base:
         subject, object = q.words["subject"], q.words["object"]
-        whole = ms.whole_objects(vlm)(q)
+        whole = whole_objects(vlm)(q)
         assert characters(vlm, q, whole) == {subject, object}
-        assert set(vlm.positions(q, "objects")) <= set(vlm.positions(q, ms.whole_objects(vlm)))
-        beside = ms.whole_objects(vlm, 1)(q)
-        assert set(whole) < set(beside) and len(beside) == len(whole) + 4  # the neighbour may be the bare space before the word
+        assert set(vlm.positions(q, "objects")) <= set(vlm.positions(q, whole_objects(vlm)))
+        beside = whole_objects(vlm, 1)(q)
+        # the neighbour may be the bare space before the word
+        assert set(whole) < set(beside) and len(beside) == len(whole) + 4
         assert characters(vlm, q, beside) <= {subject, object, "the", "to"}
-        assert not set(ms.text_but_objects(vlm)(q)) & set(vlm.positions(q, ms.whole_objects(vlm)))
-        assert sorted(vlm.positions(q, ms.text_but_objects(vlm)) + vlm.positions(q, ms.whole_objects(vlm))) == vlm.positions(q, "text")
+        assert not set(text_but_objects(vlm)(q)) & set(vlm.positions(q, whole_objects(vlm)))
+        rest, words = (vlm.positions(q, group(vlm)) for group in (text_but_objects, whole_objects))
+        assert sorted(rest + words) == vlm.positions(q, "text")
 
 
 @pytest.mark.parametrize("draw", range(5))
 def test_random_words_avoid_objects_answers_and_everything_special(vlm, base, draw):
-    group = ms.random_words(vlm, 2, lambda q: ms.object_spans(q) + q.answer_spans(), draw)
+    group = ms.random_words(vlm, 2, lambda q: object_spans(q) + q.answer_spans(), draw)
     for q in base:
         rows = group(q)
         assert len(set(rows)) == 2 and rows == group(q)
@@ -150,15 +158,16 @@ def test_random_words_avoid_objects_answers_and_everything_special(vlm, base, dr
 
 
 def test_random_words_differ_between_draws_and_run_out_with_a_clear_error(vlm, base):
-    draws = {tuple(ms.random_words(vlm, 2, ms.object_spans, i)(base[0])) for i in range(8)}
+    draws = {tuple(ms.random_words(vlm, 2, object_spans, i)(base[0])) for i in range(8)}
     assert len(draws) > 1
-    with pytest.raises(ValueError, match="has only"): ms.random_words(vlm, 99, ms.object_spans, 0)(base[0])
+    with pytest.raises(ValueError, match="has only"): ms.random_words(vlm, 99, object_spans, 0)(base[0])
 
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "internvl", "smolvlm"])
 def test_groups_on_other_families(family, base):
     vlm, q = VLM(*tiny(family)), base[0]
-    for group in (ms.whole_objects(vlm, 1), ms.text_but_objects(vlm), ms.random_words(vlm, 2, lambda q: ms.object_spans(q) + q.answer_spans(), 0)):
+    drawn = ms.random_words(vlm, 2, lambda q: object_spans(q) + q.answer_spans(), 0)
+    for group in (whole_objects(vlm, 1), text_but_objects(vlm), drawn):
         assert set(vlm.positions(q, group)) < set(vlm.positions(q, "text"))
 
 
@@ -168,9 +177,10 @@ def test_image_and_text_tile_what_differs(vlm, base):
     "The identity the notebook shows: the swap of one part is the swap of the other part the other way round."
     vlm64 = VLM(*tiny_llava(px=32, dtype=torch.float64))
     source = [ms.mirrored(q) for q in base]
-    groups = {name: ms.figure4_groups(vlm64)[name] for name in ("image", "text")}
+    groups = {name: figure4_groups(vlm64)[name] for name in ("image", "text")}
     there, back = sweep(vlm64, base, source, groups), sweep(vlm64, source, base, groups, plain=True)
-    for a, b in (("image", "text"), ("text", "image")): assert (there.log_probs[a] - back.log_probs[b]).abs().max() < 1e-9
+    for a, b in (("image", "text"), ("text", "image")):
+        assert (there.log_probs[a] - back.log_probs[b]).abs().max() < 1e-9
     one, other = there.shift("image"), back.shift("text")
     assert np.allclose(one.numerators / one.denominators + other.numerators / other.denominators, 1, atol=1e-6)
 
@@ -182,9 +192,12 @@ def a_colour(monkeypatch): monkeypatch.setitem(ms.GROUP_COLOURS, "a", "k")
 def fake(numerators, denominators, truth=None):
     "A sweep of one group 'a' with given differences of logits: base 0, so patched = −numerator."
     n = len(denominators)
-    pair = lambda d: torch.stack([torch.as_tensor(d, dtype=torch.float64), torch.zeros(np.shape(d), dtype=torch.float64)], -1)
+    def pair(d):
+        d = torch.as_tensor(d, dtype=torch.float64)
+        return torch.stack([d, torch.zeros_like(d)], -1)
     from spatialid.sweeps import Sweep
-    return Sweep([*range(1, len(numerators) + 1)], {"a": pair(-np.asarray(numerators))}, pair(np.zeros(n)), pair(-np.asarray(denominators)),
+    edited, source = pair(-np.asarray(numerators)), pair(-np.asarray(denominators))
+    return Sweep([*range(1, len(numerators) + 1)], {"a": edited}, pair(np.zeros(n)), source,
                  np.zeros(n, int) if truth is None else truth, "fast", None, 0.)
 
 
@@ -194,7 +207,8 @@ def test_curves_are_ratios_of_sums_and_count_what_they_leave_out():
     assert np.allclose(c["a"], [[.5, 1]] * 51) and np.allclose(c["b"], c["a"])
     assert (c.n, c.excluded) == (2, 1) and c.threshold == .5 and len(c.denominators) == 3
     none = ms.curves(fake([[1.]], [.01]))
-    assert (none.n, none.excluded) == (0, 1) and all(np.isnan(curve).all() for curve in none.draws.values()) and ms.estimate(none["a"][:, 0], 0)["value"] is None
+    assert (none.n, none.excluded) == (0, 1) and all(np.isnan(curve).all() for curve in none.draws.values())
+    assert ms.estimate(none["a"][:, 0], 0)["value"] is None
 
 
 @pytest.mark.parametrize("n", [3, 8, 28, 32])
@@ -214,7 +228,8 @@ def test_crossing_is_interpolated_first_and_upward():
 def test_band_of_known_shapes():
     layers = np.arange(1, 10)
     triangle = np.maximum(0, 1 - np.abs(layers - 5) / 4.)
-    assert ms.band(triangle, layers) == (3, 7) and ms.width(triangle[None], layers)[0] == 4 and ms.peak(triangle[None], layers)[0] == 5
+    assert ms.band(triangle, layers) == (3, 7)
+    assert ms.width(triangle[None], layers)[0] == 4 and ms.peak(triangle[None], layers)[0] == 5
     assert ms.band(np.ones(9), layers) == (1, 9)  # never comes down: ends with the layers
     assert np.isnan(ms.width(-triangle[None] - 1, layers)[0]) and np.isnan(ms.peak(-triangle[None] - 1, layers)[0])
 
@@ -230,14 +245,16 @@ def test_estimate_counts_draws_without_a_value():
     one = ms.estimate(np.array([2., 1, 3, np.nan, np.nan]), 7)
     assert one["value"] == 2 and 1 <= one["low"] <= one["high"] <= 3 and (one["n"], one["none"]) == (7, .5)
     assert ms.estimate(np.full(5, np.nan), 7) == {"value": None, "low": None, "high": None, "n": 7, "none": 1.0}
-    assert shown(ms.estimate(np.full(5, np.nan), 7)) == "none" and shown(one, 1).startswith("2.0 [")
+    assert as_text(ms.estimate(np.full(5, np.nan), 7)) == "none" and as_text(one, 1).startswith("2.0 [")
 
 
-@pytest.mark.parametrize("low, high, expected", [(.1, .3, (.2, .1, .3)), (-.3, -.1, (.2, .1, .3)), (-.1, .3, (.1, 0, .3))])
+@pytest.mark.parametrize("low, high, expected", [
+    (.1, .3, (.2, .1, .3)), (-.3, -.1, (.2, .1, .3)), (-.1, .3, (.1, 0, .3))])
 def test_size_of_an_interval(low, high, expected):
     found = absolute({"value": (low + high) / 2, "low": low, "high": high, "n": 1})
     assert (found["value"], found["low"], found["high"]) == pytest.approx(expected)
-    assert absolute({"value": -2, "low": None, "high": None, "n": 1})["value"] == 2 and absolute({"value": None, "low": None, "n": 0})["value"] is None
+    assert absolute({"value": -2, "low": None, "high": None, "n": 1})["value"] == 2
+    assert absolute({"value": None, "low": None, "n": 0})["value"] is None
 
 
 def test_signal_to_noise():
@@ -258,7 +275,8 @@ def test_the_released_average_leaves_nothing_out():
 
 def test_belief_follows():
     pair = lambda d: torch.tensor([[x, 0.] for x in d])
-    s = SimpleNamespace(base_log_probs=pair([1., 1, -1, -1]), source_log_probs=pair([-1., 1, 1, -1]), truth=np.array([0, 0, 1, 1]))
+    s = SimpleNamespace(base_log_probs=pair([1., 1, -1, -1]), source_log_probs=pair([-1., 1, 1, -1]),
+                        truth=np.array([0, 0, 1, 1]))
     assert [ms.belief_follows(s)[k]["value"] for k in ("base", "source", "both")] == [1, .5, .5]
     assert ms.belief_follows(s, flips=False)["source"]["value"] == .5
 
@@ -266,7 +284,7 @@ def test_belief_follows():
 def test_figures_can_be_drawn(vlm, base):
     from matplotlib.figure import Figure
     source = [ms.mirrored(q) for q in base]
-    s = sweep(vlm, base, source, ms.figure4_groups(vlm))
+    s = sweep(vlm, base, source, figure4_groups(vlm))
     fig = Figure()
     ms.belief_figure(fig, base, source, s, 1, 2, "objects")
     assert len(fig.axes) == 4 and fig._suptitle.get_text() == base[1].text
@@ -297,7 +315,7 @@ def test_the_legend_and_the_notes_stand_above_the_curves(n, shared):
 
 @pytest.mark.parametrize("layers, expected", [(range(1, 9), 8), (range(1, 33), 8), (range(2, 29), 7)])
 def test_ticks(layers, expected):
-    found = ms.ticks(list(layers))
+    found = ms.eight_of(list(layers))
     assert len(found) == expected and found[-1] == max(layers)
 
 
@@ -307,15 +325,21 @@ def test_results_are_complete():
     "Every rule of claims.json finds its number, or the file says that the model cannot be judged."
     path = ROOT/"results"/"llava-tiny"/"02_mirror_swap.json"
     found = read_results(path)
-    rules = [c["rule"] for c in json.loads((ROOT/"nbs"/"claims.json").read_text()) if c["rule"] and c["rule"]["notebook"] == "02_mirror_swap"]
+    rules = [claim["rule"] for claim in json.loads((ROOT/"nbs"/"claims.json").read_text()) if claim["rule"]]
+    rules = [rule for rule in rules if rule["notebook"] == "02_mirror_swap"]
     assert len(rules) == 8
     for rule in rules:
         one = found["claims"][rule["key"].removeprefix("claims.")]
-        if "not_judged" in one: assert one["value"] is None and not found["judged"]["colours exchanged"] and rule["key"].split(".")[1] in ("object_word", "colour_words_over_others")
-        else: assert all(isinstance(one[k], (int, float)) for k in ("value", "low", "high", "n"))
-    assert found["provenance"]["organism"] and found["provenance"]["protocol"] == "paper" and found["provenance"]["params"]["n_scenes"] >= 200
+        if "not_judged" in one:
+            assert one["value"] is None and not found["judged"]["colours exchanged"]
+            assert rule["key"].split(".")[1] in ms.CLAIMS_OF["colours exchanged"]
+        else:
+            assert all(isinstance(one[k], (int, float)) for k in ("value", "low", "high", "n"))
+    provenance = found["provenance"]
+    assert provenance["organism"] and provenance["protocol"] == "paper" and provenance["params"]["n_scenes"] >= 200
     names = {"image", "text", "objects", "subject", "object", "relation words", "last token"}
-    assert names <= set(found["fig4a"]["curves"]) and all(len(c["value"]) == len(found["layers"]) for c in found["fig4a"]["curves"].values())
+    curves = found["fig4a"]["curves"]
+    assert names <= set(curves) and all(len(c["value"]) == len(found["layers"]) for c in curves.values())
     assert {"crossing", "peak", "width"} <= set(found["fig4a"]["readings"]) and found["fig4a"]["complement_gap"] < 1e-3
     assert set(found["fig4b"]["numerators"]) == {"mirror", "attribute"}
     for figure in ("fig4a", "fig4b", "a14", "a15", "a6"): assert (path.parent/f"{figure}.png").stat().st_size > 5000
@@ -326,8 +350,54 @@ def test_the_stored_log_probabilities_give_the_stored_curve():
     folder = ROOT/"results"/"llava-tiny"
     t, found = load_file(folder/"02_mirror_swap.safetensors"), read_results(folder/"02_mirror_swap.json")
     truth = t["mirror/truth"]
-    lead = lambda x: (x.gather(-1, truth.expand(x.shape[:-1])[..., None]) - x.gather(-1, 1 - truth.expand(x.shape[:-1])[..., None]))[..., 0].double()
+    def lead(x):
+        right = truth.expand(x.shape[:-1])[..., None]
+        return (x.gather(-1, right) - x.gather(-1, 1 - right))[..., 0].double()
     base, source, patched = (lead(t[f"mirror/{k}"]) for k in ("base", "source", "image"))
     used = (base - source).abs() >= found["fig4a"]["threshold"]
     curve = (base - patched)[:, used].sum(1) / (base - source)[used].sum()
     assert np.allclose(curve, found["fig4a"]["curves"]["image"]["value"], atol=1e-5)
+
+
+# --- the parts of the notebook's experiment
+
+def test_claims_are_judged_where_the_belief_follows():
+    "Those that are not say why, and of the object word the size counts."
+    c = ms.curves(fake(np.ones((9, 4)) * np.arange(1., 5), np.arange(1., 5)))
+    flat = replace(c, draws={name: -np.ones_like(c["a"]) for name in ms.GROUP_COLOURS})
+    draws = ms.claim_draws(flat, flat, flat, 9)
+    judged = {"mirrored": True, "two things": False, "colours exchanged": True}
+    claims = ms.mirror_claims(draws, judged)
+    assert claims["object_word"]["value"] == 1 and claims["objects_over_random"]["value"] == 1
+    assert claims["image_early_less_late"]["value"] == 0 and "objects_over_rest" not in claims
+    follows = {kind: {"both": {"value": .2, "low": .1, "high": .3, "n": 4}} for kind in judged}
+    missing = ms.missing_claims(claims, follows, judged)
+    reason = missing["objects_over_rest"]["not_judged"]
+    assert "the belief follows in 0.20 [0.10, 0.30] of the pairs (two things)" in reason
+    assert missing["attribute_signal"]["not_judged"] == "not part of the short run" and len(missing) == 2
+    assert {*claims, *missing} == {name for names in ms.CLAIMS_OF.values() for name in names}
+
+
+def test_curves_with_intervals_and_thirds():
+    c = ms.curves(fake([[1., 2], [2., 2], [3., 6]], [2., 4]))
+    stored = ms.curves_with_intervals(c, ["a"])["a"]
+    assert np.allclose(stored["value"], [.5, 4 / 6, 1.5]) and stored["n"] == 2
+    assert (stored["low"] <= stored["high"]).all()
+    assert ms.curves_with_intervals(None, ["a"]) is None
+    means = {"a": ms.by_third(c, "a", 3)}
+    assert means["a"]["first"]["value"] == pytest.approx(.5)
+    assert ms.thirds_table(means).splitlines()[2].startswith("| a | 0.50 [")
+    assert np.array_equal(ms.from_input(c, "a", 1.)[:, 0], np.ones(len(c["a"])))
+
+
+def test_the_log_probabilities_of_random_words_are_kept_as_their_mean():
+    s = fake([[1., 2]], [2., 4])
+    s.log_probs |= {"random words 0": s.log_probs["a"], "random words 1": 3 * s.log_probs["a"]}
+    tensors = ms.log_probs_of("mirror", s)
+    assert set(tensors) == {f"mirror/{name}" for name in ("a", "random words", "base", "source", "truth")}
+    assert torch.equal(tensors["mirror/random words"], 2 * s.log_probs["a"])
+
+
+def test_both_ways_of_swapping_tile_the_difference(vlm, base):
+    found = ms.complement_check(vlm, base, [ms.mirrored(q) for q in base], [1, 2])
+    assert found["gap"] < 1e-3 and found["layers"] == [1, 2] and found["pairs"] == len(base)

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from scipy.stats import spearmanr
 from test_organisms import TINY
 
+from spatialid.store import save_results
 from spatialid import models
 from spatialid.hooks import VLM
 from spatialid.models import checkpoints, main, measured, point, rank_correlation, restored, trace, weights_of
@@ -101,12 +102,10 @@ def test_measured_leaves_out_quick_runs(tmp_path, monkeypatch):
     monkeypatch.setenv("SPATIALID_RESULTS", str(tmp_path))
     with pytest.raises(FileNotFoundError, match="spatialid reproduce"): measured()
     for name, quick in (("a", False), ("b", True)):
-        (tmp_path / "results" / name).mkdir(parents=True)
-        results = {"provenance": {"params": {"quick": quick}}}
-        (tmp_path / "results" / name / "04_steering.json").write_text(json.dumps(results))
+        save_results(name, "04_steering", {}, {"params": {"quick": quick}})
     assert list(measured()) == ["a"]
     (tmp_path / "results" / "a" / "card.json").write_text("{}")
-    assert models.stored(["a", "b"], "card.json") == {"a": {}}
+    assert list(models.stored(["a", "b"], "card.json")) == ["a"]
 
 
 def test_rank_correlation_is_spearmans():

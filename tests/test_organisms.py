@@ -1,6 +1,5 @@
-"Training: a packed question is the single question, a resumed run is the uninterrupted run, a card says what the weights do."
+"Training: packed questions are single ones, a resumed run is the uninterrupted run, a card says what the weights do."
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -20,16 +19,29 @@ from spatialid.scenes import OBJECTS
 from spatialid.hooks import VLM
 from spatialid.query import Query
 from spatialid.registry import bundled
-from spatialid.organisms import BUILDERS, RECIPES, Recipe, Stage, Steps, build, bundle, early_entry, forward, fresh_blocks, make_tokenizer, packed_mask, train, training_log
+from spatialid.organisms import (BUILDERS, RECIPES, Recipe, Stage, Steps, build, bundle, early_entry, forward,
+                                 fresh_blocks, make_tokenizer, packed_mask, train, training_log)
 from spatialid.stats import rng
 
 
 TINY = Recipe(vision_width=32, width=32, vision_blocks=1, blocks=2, heads=2, intermediate=48,
-              stages=(Stage("recognise", 4, 4, 1e-3), Stage("place", 4, 4, 1e-3, places=1, relations=2, others=2, hues=1)))
+              stages=(Stage("recognise", 4, 4, 1e-3),
+                      Stage("place", 4, 4, 1e-3, places=1, relations=2, others=2, hues=1)))
 MERGED = dict(patch=5, merge=2)
-VIDEO = dict(frames=8, stages=(Stage("recognise", 4, 4, 1e-3, still=True), Stage("when", 4, 4, 1e-3, places=1, relations=2, others=3, times=2)))
-FAMILY = {f: replace(TINY, family=f, px=40, **(MERGED if f in ("qwen2_vl", "qwen2_5_vl", "internvl") else {}), **(VIDEO if f in ("llava_onevision", "qwen2_5_vl") else {}),
-                     **(dict(vision_blocks=2) if f == "mllama" else {})) for f in BUILDERS} # one of the two is global
+VIDEO = dict(frames=8, stages=(Stage("recognise", 4, 4, 1e-3, still=True),
+                               Stage("when", 4, 4, 1e-3, places=1, relations=2, others=3, times=2)))
+
+
+def tiny_recipe(family):
+    "The tiny recipe of a family."
+    special = {}
+    if family in ("qwen2_vl", "qwen2_5_vl", "internvl"): special |= MERGED
+    if family in ("llava_onevision", "qwen2_5_vl"): special |= VIDEO
+    if family == "mllama": special |= dict(vision_blocks=2) # one of the two is global
+    return replace(TINY, family=family, px=40, **special)
+
+
+FAMILY = {family: tiny_recipe(family) for family in BUILDERS}
 
 
 def test_names_are_split_and_answers_are_not():
@@ -37,7 +49,8 @@ def test_names_are_split_and_answers_are_not():
     pieces = [len(tok(f" {n}", add_special_tokens=False).input_ids) for n in OBJECTS]
     assert np.mean([p > 1 for p in pieces]) > .9 and 2 <= np.mean(pieces) <= 3
     assert make_tokenizer().get_vocab() == tok.get_vocab()
-    for text in ("Is the umbrella near or far from the cup?", "Größe ☂\n x"): assert tok.decode(tok(text).input_ids, skip_special_tokens=True) == text
+    for text in ("Is the umbrella near or far from the cup?", "Größe ☂\n x"):
+        assert tok.decode(tok(text).input_ids, skip_special_tokens=True) == text
 
 
 def stored(family, folder):
@@ -54,7 +67,8 @@ def test_a_packed_question_is_the_single_question(family, tmp_path):
     vlm, recipe = stored(family, tmp_path), FAMILY[family]
     stage = recipe.stages[1]
     steps = Steps(vlm.processor, recipe, stage)
-    batch, (scene, other), look = steps[1], map(steps.item, (stage.batch, 0)), lambda v: v.frames() if recipe.frames else v.image()
+    batch, scene, other = steps[1], steps.item(stage.batch), steps.item(0)
+    look = lambda v: v.frames() if recipe.frames else v.image()
     with torch.no_grad(): states = forward(vlm.model, batch)[1]
     questions = steps.questions(scene, rng(steps.scenes.seed, "questions", stage.batch))
     asked = [a for a in batch["asked"] if a[0] == 0]
@@ -73,8 +87,11 @@ def test_image_tokens_are_in_reading_order(family):
     model, processor = build(recipe)
     n, cell = recipe.tiles ** 2, recipe.px // recipe.tiles
     pictures = [Image.new("RGB", (recipe.px, recipe.px), "grey") for _ in range(n + 1)]
-    for i, picture in enumerate(pictures[:n]): picture.paste("red", (i % recipe.tiles * cell, i // recipe.tiles * cell, (i % recipe.tiles + 1) * cell, (i // recipe.tiles + 1) * cell))
-    with torch.no_grad(): tokens = forward(model.eval(), dict(picture=Steps(processor, recipe, recipe.stages[0]).picture([[p] for p in pictures]), labels=torch.tensor([-100])))[0]
+    for i, picture in enumerate(pictures[:n]):
+        x, y = i % recipe.tiles * cell, i // recipe.tiles * cell
+        picture.paste("red", (x, y, x + cell, y + cell))
+    pixels = Steps(processor, recipe, recipe.stages[0]).picture([[p] for p in pictures])
+    with torch.no_grad(): tokens = forward(model.eval(), dict(picture=pixels, labels=torch.tensor([-100])))[0]
     assert tokens.shape == (n + 1, n, recipe.width)
     assert (tokens[:n] - tokens[n]).norm(dim=-1).argmax(-1).tolist() == list(range(n))
 
@@ -86,7 +103,8 @@ def test_fresh_blocks_attend_to_what_looks_alike(family):
     fresh_blocks(model, 1)
     for k, p in model.named_parameters():
         if k.endswith("_gate"): assert p == 1 # of cross-attention: open
-        elif p.ndim == 1 or "language_model.layers" not in k: assert torch.equal(p, before[k]), k # norms and biases begin as the class has them
+        elif p.ndim == 1 or "language_model.layers" not in k: # norms and biases begin as the class has them
+            assert torch.equal(p, before[k]), k
         else: assert not torch.equal(p, before[k]), k
     for block in model.model.language_model.layers:
         attention = block.cross_attn if hasattr(block, "cross_attn") else block.self_attn
@@ -97,13 +115,16 @@ def test_fresh_blocks_attend_to_what_looks_alike(family):
 def test_the_zoo_fits_the_package():
     for name, recipe in RECIPES.items():
         model, processor = build(recipe)
-        assert recipe.tiles == (6 if name == "qwen25vl-tiny" else 8) and sum(p.numel() for p in model.parameters()) * 2 <= (21e6 if name == "llava-small" else 8e6), name
+        assert recipe.tiles == (6 if name == "qwen25vl-tiny" else 8), name
+        limit = 21e6 if name == "llava-small" else 8e6
+        assert sum(p.numel() for p in model.parameters()) * 2 <= limit, name
         assert processor.tokenizer.get_vocab().keys() >= {"Ġleft", "Ġbehind", "Ġyellow"}
 
 
 def test_the_mask_separates_questions():
     m = packed_mask(torch.tensor([[0, 0, 1, 1, 2, -1]]))[0, 0] == 0
-    assert m.tolist() == [[1, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0], [1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 0, 0], [1, 1, 0, 0, 1, 0], [1, 1, 0, 0, 0, 1]]
+    assert m.tolist() == [[1, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0], [1, 1, 1, 0, 0, 0],
+                          [1, 1, 1, 1, 0, 0], [1, 1, 0, 0, 1, 0], [1, 1, 0, 0, 0, 1]]
 
 
 def test_labels_cover_the_answers_only():
@@ -126,14 +147,26 @@ train("llava-tiny", {out!r}, TINY, every=2)
 """
 
 
-def _start(out): return subprocess.Popen([sys.executable, "-c", RUN.format(here=str(Path(__file__).parent), out=str(out))], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+def _start(out):
+    code = RUN.format(here=str(Path(__file__).parent), out=str(out))
+    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def without_seconds(entries): return [{k: v for k, v in e.items() if k != "seconds"} for e in entries]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    "The folder of a run from beginning to end, made once for all places where another is killed."
+    out = tmp_path_factory.mktemp("uninterrupted") / "whole"
+    assert _start(out).wait(200) == 0
+    return out
 
 
 @pytest.mark.parametrize("after", [(0, 2), (1, 2)])
 @pytest.mark.slow
-def test_a_killed_run_resumes_bit_identically(tmp_path, after):
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    assert _start(whole).wait(200) == 0
+def test_a_killed_run_resumes_bit_identically(tmp_path, after, uninterrupted):
+    whole, cut = uninterrupted, tmp_path / "cut"
     p = _start(cut)
     stage = TINY.stages[after[0]].name
     for _ in range(4000):
@@ -144,7 +177,7 @@ def test_a_killed_run_resumes_bit_identically(tmp_path, after):
     assert _start(cut).wait(200) == 0
     a, b = (load_file(f / "checkpoint.safetensors") for f in (whole, cut))
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a) and any(k.startswith("exp_avg.") for k in a)
-    assert [{k: v for k, v in e.items() if k != "seconds"} for e in training_log(whole)] == [{k: v for k, v in e.items() if k != "seconds"} for e in training_log(cut)]
+    assert without_seconds(training_log(whole)) == without_seconds(training_log(cut))
 
 
 @pytest.mark.parametrize("action", ["card", "train"])
@@ -172,7 +205,8 @@ def test_bundle_round_trip_and_foreign_checkpoints(tmp_path):
 
 @pytest.mark.parametrize("name", [name for name, folder in bundled().items() if not (folder / "base.json").is_file()])
 def test_the_card_is_about_the_bundled_weights(name):
-    folder, card = Path(organisms.__file__).parent / "organisms" / name, json.loads((Path(__file__).parents[1] / "results" / name / "card.json").read_text())
+    folder = Path(organisms.__file__).parent / "organisms" / name
+    card = json.loads((Path(__file__).parents[1] / "results" / name / "card.json").read_text())
     vlm = VLM.load(name)
     assert card["weight_hash"] == vlm.weight_hash and card["held_out"]["scenes"] == 2000 and card["bytes"] <= 8e6
     assert (folder / "README.md").read_text() == card_text(card)
@@ -182,7 +216,9 @@ def test_the_card_is_about_the_bundled_weights(name):
     now = accuracy(vlm, n=150, px=r["px"], flat=r.get("flat", False), frames=r.get("frames", 0))
     for kind, a in card["accuracy"].items(): # the same scenes come first, so a small sample may differ by chance alone
         assert now[kind]["low"] - .08 <= a["value"] <= now[kind]["high"] + .08, kind
-    if name == "llava-tiny": assert min(card["accuracy"][k]["value"] for k in ("left_right", "above_below")) >= .95 and card["accuracy"]["colour"]["value"] >= .8
+    if name == "llava-tiny":
+        assert min(card["accuracy"][k]["value"] for k in ("left_right", "above_below")) >= .95
+        assert card["accuracy"]["colour"]["value"] >= .8
     kind, goal = ("before_after", .9) if r.get("frames") else ("left_right", .85)
     reached = card["accuracy"][kind]["value"]
     if name.endswith("-early"): assert .68 <= reached <= .85

@@ -1,17 +1,19 @@
 "Numbers with their intervals: each contains its value and covers the truth as often as it says."
 import json
+import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from spatialid.cards import perplexity
+from spatialid.cli import main
 from spatialid.diagnosis import decide, resampled_losses
-from spatialid.extraction import around, leave_one_out, over_null, over_subsets
+from spatialid.extraction import over_subsets
 from spatialid.finetune import crossed
-from spatialid.stats import absolute
-from spatialid.stats import bootstrap, over_seeds, spanning, wilson
+from spatialid.stats import Estimate, absolute, around, bootstrap, leave_one_out, over_null, over_seeds, spanning, wilson
 from spatialid.steering import newcombe
+from spatialid.store import load_results, moved, read_results, save_results
 
 RESULTS = Path(__file__).parents[1]/"results"
 STALE = set()  # "model/NN_name.json" from an older interval: to be run again
@@ -113,3 +115,56 @@ def test_no_published_number_is_outside_its_interval():
             if (low > value + 1e-9).any() or (value > high + 1e-9).any():
                 bad.setdefault(str(path.relative_to(RESULTS)), []).append(name)
     assert bad.keys() <= STALE, bad
+
+
+def test_an_estimate_is_a_dictionary_that_prints():
+    one = Estimate(.91, .88, .94, 200)
+    assert repr(one) == "0.91 [0.88, 0.94], n 200" and (one.value, one.low, one.high, one.n) == (.91, .88, .94, 200)
+    assert json.loads(json.dumps(one)) == one == {"value": .91, "low": .88, "high": .94, "n": 200}
+    many = bootstrap(np.arange(12.).reshape(6, 2))
+    assert many[1] == Estimate(many.value[1], many.low[1], many.high[1], 6) and many[1].value == 6
+    assert repr(Estimate(None)) == "none" and repr(Estimate(2., n=1)) == "2.00, n 1"
+
+
+@pytest.mark.parametrize("low, high", [(.6, .7), (.3, .4), (.6, .4)])
+def test_an_estimate_refuses_an_interval_that_misses_its_value(low, high):
+    with pytest.raises(ValueError, match="misses its value 0.5"): Estimate(.5, low, high, 9)
+    with pytest.raises(ValueError, match="misses its value"): Estimate([.5, .5], [.4, low], [.6, high], 9)
+
+
+def test_results_are_rounded_and_their_provenance_is_apart(tmp_path, monkeypatch):
+    "A run that computes the same numbers to six digits leaves the file of numbers as it was."
+    monkeypatch.setenv("SPATIALID_RESULTS", str(tmp_path))
+    path = save_results("toy", "03_x", {"r": 1/3, "a": [[1.23456789, 2]], "e": Estimate(.5, .25, .75, 8)}, {"seed": 1})
+    before = path.read_bytes()
+    assert json.loads(before) == {"r": .333333, "a": [[1.23457, 2]], "e": {"value": .5, "low": .25, "high": .75, "n": 8}}
+    assert b"[1.23457, 2]\n" in before, "an array of numbers is a line"
+    save_results("toy", "03_x", {"r": 1/3 + 1e-9, "a": [[1.23456789, 2]], "e": Estimate(.5, .25, .75, 8)}, {"seed": 2})
+    assert path.read_bytes() == before and read_results(path)["provenance"] == {"seed": 2} == load_results("toy", "03_x")["provenance"]
+
+
+def test_what_moved_is_what_left_its_interval():
+    was = {"share": {"value": .6, "low": .5, "high": .7, "n": 9}, "plain": 100., "gone": 1, "text": "a", "list": [1., 2.]}
+    same = {"share": {"value": .69, "low": .6, "high": .8, "n": 9}, "plain": 100.001, "gone": 1, "text": "b", "list": [1., 2.]}
+    assert moved(was, was) == moved(was, same) == []
+    assert [row["key"] for row in moved(was, same, within=True)] == ["share", "plain"]
+    other = {"share": {"value": .71, "low": .6, "high": .8, "n": 9}, "plain": 101., "list": [1., 3.], "new": 0}
+    assert [row["key"] for row in moved(was, other)] == ["share", "plain", "gone", "list.1", "new"]
+    assert moved(was, other)[0] == {"key": "share", "before": .6, "after": .71, "low": .5, "high": .7, "beyond": True}
+
+
+@pytest.mark.slow
+def test_diff_compares_with_a_commit_or_a_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("SPATIALID_RESULTS", str(tmp_path))
+    share = lambda value: {"share": {"value": value, "low": value - .1, "high": value + .1, "n": 9}}
+    save_results("toy", "03_x", share(.5), {})
+    git = lambda *args: subprocess.run(["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b", *args], check=True)
+    git("init", "-q"), git("add", "."), git("commit", "-qm", "results")
+    assert main(["diff"]) == 0 and "0 numbers moved beyond their interval in 1 files" in capsys.readouterr().out
+    save_results("toy", "03_x", share(.55), {})
+    assert main(["diff"]) == 0 and main(["diff", "--all"]) == 0
+    assert "results/toy/03_x.json share: 0.5 [0.4, 0.6] -> 0.55\n" in capsys.readouterr().out
+    save_results("toy", "03_x", share(.8), {})
+    assert main(["diff"]) == 1 and "share: 0.5 [0.4, 0.6] -> 0.8" in capsys.readouterr().out
+    assert main(["diff", str(tmp_path/"results")]) == 0
+    assert main(["diff", "nowhere"]) == 2 and "'nowhere' is no commit and no folder of results" in capsys.readouterr().err

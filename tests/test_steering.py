@@ -1,5 +1,6 @@
-"Steering: while a model runs and generates, it is what plain hooks do, and nothing of it remains; edits, places and readings are what their names say."
-import json
+"""Steering: while a model runs and generates, it is what plain hooks do, and nothing of it remains.
+
+Edits, places and readings are what their names say."""
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
+from spatialid.edits import at_place, permuted_places
+from spatialid.hooks import RULES, scaled
+from spatialid.questions import questions
+from spatialid.sweeps import change, layers_near, slope, swept_layers
 from spatialid.store import read_results
 from spatialid.scenes import between
 from spatialid import steering as st
@@ -23,11 +28,14 @@ ROOT = Path(__file__).parents[1]
 QUESTION = "Is the {subject} to the left or right of the {object}?"
 
 
-def picture(seed, px=16): return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (px, px, 3), dtype=np.uint8))
+def picture(seed, px=16):
+    pixels = np.random.default_rng(seed).integers(0, 255, (px, px, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
 
 
 def ask(subject="cup", object="hot dog", seed=0, image=True, **kwargs):
-    return Query(picture(seed) if image else None, QUESTION, {"subject": subject, "object": object}, ("left", "right"), "left", **kwargs)
+    words = {"subject": subject, "object": object}
+    return Query(picture(seed) if image else None, QUESTION, words, ("left", "right"), "left", **kwargs)
 
 
 @pytest.fixture(scope="module")
@@ -42,22 +50,22 @@ def vector(vlm, seed=0): return torch.tensor(np.random.default_rng(seed).normal(
 def test_each_rule_is_its_formula():
     x, to, frm = (torch.randn(3, 7, dtype=torch.float64) for _ in range(3))
     size, unit = x.norm(dim=1, keepdim=True), lambda v: v / v.norm(dim=1, keepdim=True)
-    assert torch.allclose(st.scaled(to, frm, x, 2, "raw"), 2 * (to - frm))
-    assert torch.allclose(st.scaled(to, frm, x, 2, "diff_norm"), 2 * size * unit(to - frm))
-    assert torch.allclose(st.scaled(to, frm, x, 2, "each_norm"), 2 * size * (unit(to) - unit(frm)))
-    assert torch.allclose(st.scaled(to, None, x, 2), 2 * size * unit(to))
-    with pytest.raises(ValueError, match="diff_norm, each_norm, raw"): st.scaled(to, frm, x, 2, "other")
+    assert torch.allclose(scaled(to, frm, x, 2, "raw"), 2 * (to - frm))
+    assert torch.allclose(scaled(to, frm, x, 2, "diff_norm"), 2 * size * unit(to - frm))
+    assert torch.allclose(scaled(to, frm, x, 2, "each_norm"), 2 * size * (unit(to) - unit(frm)))
+    assert torch.allclose(scaled(to, None, x, 2), 2 * size * unit(to))
+    with pytest.raises(ValueError, match="diff_norm, each_norm, raw"): scaled(to, frm, x, 2, "other")
 
 
-@pytest.mark.parametrize("rule", st.RULES)
+@pytest.mark.parametrize("rule", RULES)
 def test_two_equal_places_push_nothing(rule):
     x, to = torch.randn(2, 3, 7)
-    assert torch.equal(st.scaled(to, to, x, 5, rule), torch.zeros_like(x))
+    assert torch.equal(scaled(to, to, x, 5, rule), torch.zeros_like(x))
 
 
 def test_half_precision_is_scaled_in_float32():
     x = torch.full((4,), 200.0, dtype=torch.float16) # the squares overflow
-    push = st.scaled(torch.ones(4), None, x, 5)
+    push = scaled(torch.ones(4), None, x, 5)
     assert push.dtype == torch.float16 and torch.equal(push, torch.full((4,), 1000.0, dtype=torch.float16))
 
 
@@ -67,23 +75,30 @@ def unsaid(vlm): return [*vlm.image_ids, vlm.tokenizer.eos_token_id]
 
 
 def by_hooks(vlm, batch, layer, where, v, scale, rule, steps):
-    "Greedy generation without a cache: one whole pass per token, the rows of the prompt changed in each by a forward hook on the receiving module."
+    """Greedy generation without a cache: one whole pass per token.
+
+    The rows of the prompt are changed in each by a forward hook on the receiving module."""
     def hook(module, args):
         h = args[0].clone()
-        for b, row in where: h[b, row] = h[b, row] + st.scaled(v, None, h[b, row], scale, rule)
+        for b, row in where: h[b, row] = h[b, row] + scaled(v, None, h[b, row], scale, rule)
         return (h, *args[1:])
     handle = vlm.receivers[layer - 1].register_forward_pre_hook(hook)
     batch, logits = dict(batch), []
     try:
         for _ in range(steps):
             with torch.inference_mode(): logits.append(vlm.model(**batch, use_cache=False).logits[:, -1])
-            said = logits[-1].index_fill(1, torch.tensor(unsaid(vlm)), -torch.inf).argmax(-1, keepdim=True) # random weights may say anything
+            allowed = logits[-1].index_fill(1, torch.tensor(unsaid(vlm)), -torch.inf) # random weights may say anything
+            said = allowed.argmax(-1, keepdim=True)
             batch["input_ids"] = torch.cat([batch["input_ids"], said], 1)
             batch["attention_mask"] = torch.cat([batch["attention_mask"], batch["attention_mask"][:, -1:]], 1)
             for key in ("token_type_ids", "mm_token_type_ids"):
                 if key in batch: batch[key] = torch.cat([batch[key], torch.zeros_like(batch[key][:, :1])], 1)
-            if "position_ids" in batch: batch["position_ids"] = torch.cat([batch["position_ids"], batch["position_ids"][..., -1:] + 1], -1)
-            if "cross_attention_mask" in batch: batch["cross_attention_mask"] = torch.cat([batch["cross_attention_mask"], batch["cross_attention_mask"][:, -1:]], 1)
+            if "position_ids" in batch:
+                positions = batch["position_ids"]
+                batch["position_ids"] = torch.cat([positions, positions[..., -1:] + 1], -1)
+            if "cross_attention_mask" in batch:
+                mask = batch["cross_attention_mask"]
+                batch["cross_attention_mask"] = torch.cat([mask, mask[:, -1:]], 1)
     finally: handle.remove()
     return torch.stack(logits, 1), batch["input_ids"]
 
@@ -100,7 +115,8 @@ def test_generation_with_a_cache_is_plain_hooks(family):
     plain, said = by_hooks(vlm, batch, layer, [], v, 3, "diff_norm", 4)
     wanted, said_steered = by_hooks(vlm, batch, layer, where, v, 3, "diff_norm", 4)
     state = {k: t.clone() for k, t in vlm.model.state_dict().items()}
-    settings = dict(max_new_tokens=4, min_new_tokens=4, do_sample=False, return_dict_in_generate=True, output_logits=True, suppress_tokens=unsaid(vlm))
+    settings = dict(max_new_tokens=4, min_new_tokens=4, do_sample=False, suppress_tokens=unsaid(vlm),
+                    return_dict_in_generate=True, output_logits=True)
     with vlm.steer(queries, {"subject": vector(vlm)}, layer=layer, scale=3, rule="diff_norm"):
         out = vlm.model.generate(**batch, **settings)
         run = vlm.run(queries)
@@ -114,7 +130,8 @@ def test_generation_with_a_cache_is_plain_hooks(family):
 
 
 def test_nothing_remains_after_the_with(llava):
-    hooks = lambda: [(name, len(m._forward_pre_hooks), len(m._forward_hooks)) for name, m in llava.model.named_modules()]
+    count = lambda module: (len(module._forward_pre_hooks), len(module._forward_hooks))
+    hooks = lambda: {name: count(module) for name, module in llava.model.named_modules()}
     query = ask()
     plain, before = llava.run(query).logits, hooks()
     with llava.steer(query, {"subject": vector(llava)}, layer=1): steered = llava.run(query).logits
@@ -124,10 +141,11 @@ def test_nothing_remains_after_the_with(llava):
     assert hooks() == before and torch.equal(llava.run(query).logits, plain)
 
 
-@pytest.mark.parametrize("rule", st.RULES)
+@pytest.mark.parametrize("rule", RULES)
 def test_steer_is_patch(llava, rule):
     queries, to, frm = [ask(), ask("dog", "cat", 3)], vector(llava, 1)[1], vector(llava, 2)[1]
-    with llava.patch({2: ("subject", lambda rows: rows + st.scaled(to, frm, rows, 2, rule))}): wanted = llava.run(queries).logits
+    steered = lambda rows: rows + scaled(to, frm, rows, 2, rule)
+    with llava.patch({2: ("subject", steered)}): wanted = llava.run(queries).logits
     with llava.steer(queries, {"subject": (to, frm)}, layer=2, scale=2, rule=rule): found = llava.run(queries).logits
     assert torch.equal(found, wanted)
 
@@ -144,7 +162,8 @@ def test_many_queries_in_any_batches(llava):
     with llava.steer(queries, {"subject": vector(llava)}, layer=2):
         together = llava.run(queries).logits
         apart = torch.cat([llava.run(q).logits for q in queries[::-1]]).flip(0)
-        beams = llava.model.generate(**llava.encode(queries[:1]).to("cpu", torch.float64), max_new_tokens=2, num_beams=3, num_return_sequences=3)
+        batch = llava.encode(queries[:1]).to("cpu", torch.float64)
+        beams = llava.model.generate(**batch, max_new_tokens=2, num_beams=3, num_return_sequences=3)
     assert (together - apart).abs().max() < 1e-12 and len(beams) == 3
 
 
@@ -160,7 +179,8 @@ def test_mllama_without_a_picture():
     query = ask(image=False)
     plain = vlm.run(query).logits
     for layer in (1, 2): # nothing reads the word after block 3, where block 4 is skipped
-        with vlm.steer(query, {"subject": vector(vlm)}, layer=layer): assert not torch.equal(vlm.run(query).logits, plain)
+        with vlm.steer(query, {"subject": vector(vlm)}, layer=layer):
+            assert not torch.equal(vlm.run(query).logits, plain)
     with pytest.raises(ValueError, match="only words"):
         with vlm.steer(ask(), {"image": vector(vlm)}, layer=1): pass
 
@@ -178,7 +198,8 @@ def test_what_cannot_be_steered_is_said(llava):
     says("not a marked word", lambda: None, args=(query, {"third": v}))
     says("scales both ends", lambda: None, rule="each_norm")
     says("no rule", lambda: llava.run(query), rule="none")
-    says("sweep outside the with", lambda: sweep(llava, [query], edits={"x": ("subject", lambda rows, layer, samples: rows)}))
+    unchanged = {"x": ("subject", lambda rows, layer, samples: rows)}
+    says("sweep outside the with", lambda: sweep(llava, [query], edits=unchanged))
     embedded = llava.model.get_input_embeddings()(llava.encode([query])["input_ids"])
     says("input_ids", lambda: llava.model(inputs_embeds=embedded))
     cache = llava.model(**llava.encode([query]).to("cpu", torch.float64), use_cache=True).past_key_values
@@ -194,19 +215,27 @@ def grid_ids(vlm, m=4, seed=0, linear=False):
     if linear:
         y, x = np.mgrid[:m, :m][..., None]
         table = np.stack([x * h + y * v for h, v in g.normal(size=(vlm.n_layers, 2, vlm.width))])[None, None]
-    return SpatialIDs(table, np.ones((1, 1, m, m), int), ["all"], [224], list(range(1, vlm.n_layers + 1)), [("a", "b")], QUESTION)
+    layers, counts = list(range(1, vlm.n_layers + 1)), np.ones((1, 1, m, m), int)
+    return SpatialIDs(table, counts, ["all"], [224], layers, [("a", "b")], QUESTION)
+
+
+def random_ids(vlm, g):
+    "IDs drawn from a generator, for all eight layers of llava-tiny."
+    table = g.standard_normal((1, 1, 8, 4, 4, vlm.width))
+    return SpatialIDs(table, np.ones((1, 1, 4, 4)), ["all"], [224], list(range(1, 9)), [("a", "all")], "")
 
 
 def test_places_are_exact_at_cells_and_linear_between_and_beyond():
     ids = np.random.default_rng(0).normal(size=(4, 4, 5))
     y, x = np.mgrid[:4, :4]
-    assert np.allclose(st.at_place(ids, np.stack([x, y], -1)), ids)
-    assert np.allclose(st.at_place(ids, (1.5, 2)), (ids[2, 1] + ids[2, 2]) / 2)
-    assert np.allclose(st.at_place(ids, (4, 1)), 2 * ids[1, 3] - ids[1, 2])
-    assert np.allclose(st.at_place(ids, (0, -1)), 2 * ids[0, 0] - ids[1, 0])
+    assert np.allclose(at_place(ids, np.stack([x, y], -1)), ids)
+    assert np.allclose(at_place(ids, (1.5, 2)), (ids[2, 1] + ids[2, 2]) / 2)
+    assert np.allclose(at_place(ids, (4, 1)), 2 * ids[1, 3] - ids[1, 2])
+    assert np.allclose(at_place(ids, (0, -1)), 2 * ids[0, 0] - ids[1, 0])
     h, v = np.random.default_rng(1).normal(size=(2, 5))
     line = x[..., None] * h + y[..., None] * v
-    for place in np.random.default_rng(2).uniform(-3, 7, (20, 2)): assert np.allclose(st.at_place(line, place), place[0] * h + place[1] * v)
+    for place in np.random.default_rng(2).uniform(-3, 7, (20, 2)):
+        assert np.allclose(at_place(line, place), place[0] * h + place[1] * v)
 
 
 def test_moves_take_every_row_of_every_query_to_its_place(llava):
@@ -222,11 +251,12 @@ def test_moves_take_every_row_of_every_query_to_its_place(llava):
 def test_an_edit_of_a_sweep_is_steering_the_model(llava):
     ids, queries = grid_ids(llava), [ask("cup", "star", i) for i in range(3)]
     to, frm = np.tile([[[0, 0], [3, 0]]], (3, 1, 1)), np.tile([[[3, 0], [0, 0]]], (3, 1, 1))
-    for rule in st.RULES:
+    for rule in RULES:
         s = sweep(llava, queries, edits={"ID": (("subject", "object"), st.pushing(st.moves(ids, to, frm), 2, rule))})
         for layer in (1, 3):
             left, right = (torch.as_tensor(ids.at(layer)[0, x]) for x in (0, 3))
-            with llava.steer(queries, {"subject": (left, right), "object": (right, left)}, layer, 2, rule): steered = llava.run(queries)
+            with llava.steer(queries, {"subject": (left, right), "object": (right, left)}, layer, 2, rule):
+                steered = llava.run(queries)
             assert (steered.log_probs - s.log_probs["ID"][layer - 1]).abs().max() < 1e-10
     ids.table *= 0
     s = sweep(llava, queries, edits={"ID": ("subject", st.pushing(st.moves(ids, to[:, :1], frm[:, :1])))})
@@ -235,9 +265,9 @@ def test_an_edit_of_a_sweep_is_steering_the_model(llava):
 
 def test_controls_have_the_norm_of_what_they_replace(llava):
     ids, rows = grid_ids(llava), torch.randn(3, 2, llava.width, dtype=torch.float64)
-    to, frm = st.permuted_places(3, 4, 0, 0)
+    to, frm = permuted_places(3, 4, 0, 0)
     find = st.moves(ids, to, frm)
-    for rule in st.RULES:
+    for rule in RULES:
         one = st.pushing(find, 2, rule)(rows, 1, slice(0, 3)) - rows
         other = st.pushing(find, 2, rule, instead=st.gaussian(llava.width, 2, 0, 0))(rows, 1, slice(0, 3)) - rows
         assert torch.allclose(one.norm(dim=-1), other.norm(dim=-1)) and not torch.allclose(one, other)
@@ -247,14 +277,15 @@ def test_noise_depends_on_query_layer_and_draw_alone():
     noise = st.gaussian(8, 2, 0, 0)
     whole = noise(1, slice(0, 5))
     assert np.array_equal(whole[3:], noise(1, slice(3, 5))), "not on how queries are batched"
-    others = [noise(2, slice(0, 5)), st.gaussian(8, 2, 0, 1)(1, slice(0, 5)), st.gaussian(8, 2, 1, 0)(1, slice(0, 5)), whole[[1, 0, 2, 3, 4]]]
+    other_draw, other_seed = st.gaussian(8, 2, 0, 1), st.gaussian(8, 2, 1, 0)
+    others = [noise(2, slice(0, 5)), other_draw(1, slice(0, 5)), other_seed(1, slice(0, 5)), whole[[1, 0, 2, 3, 4]]]
     assert all(not np.allclose(whole, other) for other in others)
     basis = np.linalg.qr(np.random.default_rng(0).normal(size=(8, 2)))[0].T
     assert np.abs(st.gaussian(8, 2, 0, 0, lambda layer: basis)(1, slice(0, 5)) @ basis.T).max() < 1e-12
 
 
 def test_dealt_cells_differ_and_the_object_goes_the_other_way():
-    to, frm = st.permuted_places(50, 4, 0, 0)
+    to, frm = permuted_places(50, 4, 0, 0)
     assert to.shape == (50, 2, 2) and to.min() >= 0 and to.max() <= 3 and (to[:, 0] != frm[:, 0]).any(1).all()
     assert np.array_equal(to[:, 0], frm[:, 1]) and np.array_equal(to[:, 1], frm[:, 0])
 
@@ -262,7 +293,8 @@ def test_dealt_cells_differ_and_the_object_goes_the_other_way():
 # --- questions
 
 def test_opposing_pushes_oppose_the_belief():
-    queries = [ask(), ask(), Query(None, "Is the {subject} above or below the {object}?", {"subject": "cup", "object": "star"}, ("above", "below"))]
+    text, words = "Is the {subject} above or below the {object}?", {"subject": "cup", "object": "star"}
+    queries = [ask(), ask(), Query(None, text, words, ("above", "below"))]
     to, frm = st.opposing(queries, ["left", "right", "below"])
     assert frm.tolist() == [[[0, 0], [3, 0]], [[3, 0], [0, 0]], [[0, 3], [0, 0]]] and np.array_equal(to, frm[:, ::-1])
 
@@ -270,15 +302,16 @@ def test_opposing_pushes_oppose_the_belief():
 @pytest.mark.slow
 def test_questions_have_one_wording_and_order_and_their_own_pictures(tmp_path):
     scenes = FreeScenes(1000, seed="test", px=32)
-    found = st.questions(scenes, 6)
-    assert [q.kind for q in found] == ["left_right", "above_below"] * 3 and {q.answers for q in found} == {("left", "right"), ("above", "below")}
+    found = questions(scenes, 6)
+    assert [q.kind for q in found] == ["left_right", "above_below"] * 3
+    assert {q.answers for q in found} == {("left", "right"), ("above", "below")}
     assert len({np.asarray(q.image).tobytes() for q in found}) == 6 and all(q.truth in q.answers for q in found)
-    assert [q.text for q in found] == [q.text for q in st.questions(scenes, 6)]
-    assert st.questions(scenes, 1, instruction=' "{}" or "{}"?')[0].text == found[0].text + ' "left" or "right"?'
+    assert [q.text for q in found] == [q.text for q in questions(scenes, 6)]
+    assert questions(scenes, 1, instruction=' "{}" or "{}"?')[0].text == found[0].text + ' "left" or "right"?'
     rows = Benchmark(write_benchmark(tmp_path, 30, px=32))
-    some = st.questions(rows, 100)
+    some = questions(rows, 100)
     assert len(some) == len({row.image_id for row in rows}) and {q.kind for q in some} == {"left_right", "above_below"}
-    assert all(q.kind == "left_right" for q in st.questions(rows, 100, kinds=("left_right",)))
+    assert all(q.kind == "left_right" for q in questions(rows, 100, kinds=("left_right",)))
 
 
 def test_arranged_scenes_ask_what_they_show():
@@ -286,13 +319,15 @@ def test_arranged_scenes_ask_what_they_show():
     seen = set()
     for i in range(60):
         q, (subject, other) = st.near_far(source, i, 0)
-        assert subject[1] == other[1] and other[0] in (0, 3) and q.truth == {1: "near", 3: "far"}[abs(subject[0] - other[0])]
+        assert subject[1] == other[1] and other[0] in (0, 3)
+        assert q.truth == {1: "near", 3: "far"}[abs(subject[0] - other[0])]
         seen.add((other[0], q.truth))
         b, (at, one, two) = st.in_between(source, i, 0)
         things = [Thing("", None, (x + .5) / 4, (y + .5) / 4, .2, 2, True) for x, y in (at, one, two)]
         assert between(*things) == b.truth and len(set(b.words.values())) == 3
-        r, (own, centre) = st.surrounded(source, i, 0)
-        assert r.truth == ("yes" if own == centre else "no") and (own == centre or max(abs(own[0] - centre[0]), abs(own[1] - centre[1])) >= 2)
+        r, (place, centre) = st.surrounded(source, i, 0)
+        assert r.truth == ("yes" if place == centre else "no")
+        assert place == centre or max(abs(place[0] - centre[0]), abs(place[1] - centre[1])) >= 2
         assert min(centre) >= 1 and max(centre) <= 2
         seen.add(r.truth)
     assert len(seen) == 6
@@ -300,8 +335,8 @@ def test_arranged_scenes_ask_what_they_show():
 
 def test_the_edits_of_figure_2():
     vlm, g = VLM.load("llava-tiny"), np.random.default_rng(0)
-    asked = st.questions(FreeScenes(100, seed=4), 4)
-    ids = SpatialIDs(g.standard_normal((1, 1, 8, 4, 4, vlm.width)), np.ones((1, 1, 4, 4)), ["all"], [224], list(range(1, 9)), [("a", "all")], "")
+    asked = questions(FreeScenes(100, seed=4), 4)
+    ids = random_ids(vlm, g)
     edits = st.adversarial(vlm, ids, asked, [q.truth for q in asked], alpha=3.0, n_noise=2)
     assert list(edits) == ["ID", "noise 0", "noise 1"]
     rows = torch.tensor(g.standard_normal((4, 2, vlm.width)))
@@ -311,20 +346,35 @@ def test_the_edits_of_figure_2():
     frm = {"left": (0, 0), "right": (3, 0), "above": (0, 0), "below": (0, 3)}[asked[0].truth]
     step = torch.tensor(ids.step(frm, to, 2))
     assert torch.allclose(push["ID"][0, 0] / push["ID"][0, 0].norm(), step / step.norm())
-    assert abs(torch.cosine_similarity(push["noise 0"][0, 0], step, dim=0)) < .5 and not torch.equal(push["noise 0"], push["noise 1"])
+    assert abs(torch.cosine_similarity(push["noise 0"][0, 0], step, dim=0)) < .5
+    assert not torch.equal(push["noise 0"], push["noise 1"])
+
+
+def test_strength_is_relative_norm_times_fit():
+    vlm, g = VLM.load("llava-tiny"), np.random.default_rng(0)
+    ids, queries = random_ids(vlm, g), questions(FreeScenes(100, seed=4), 4)
+    run = vlm.run(queries, [3], "subject")
+    found = st.id_strength(ids, run, 3)
+    ids.table *= 2
+    twice = st.id_strength(ids, run, 3)
+    assert found["strength"] == pytest.approx(found["relative_norm"] * found["r2"])
+    assert twice["relative_norm"] == pytest.approx(2 * found["relative_norm"])
+    assert twice["r2"] == pytest.approx(found["r2"])
 
 
 def test_a_point_of_figure_9():
     vlm, g = VLM.load("llava-tiny"), np.random.default_rng(0)
-    asked = st.questions(FreeScenes(100, seed=4), 6)
-    ids = SpatialIDs(g.standard_normal((1, 1, 8, 4, 4, vlm.width)), np.ones((1, 1, 4, 4)), ["all"], [224], list(range(1, 9)), [("a", "all")], "")
+    asked = questions(FreeScenes(100, seed=4), 6)
+    ids = random_ids(vlm, g)
     s = sweep(vlm, asked, edits=st.adversarial(vlm, ids, asked, vlm.run(asked).beliefs, n_noise=2))
     one = st.fig9_numbers(vlm, ids, vlm.run(asked, s.layers, ("subject", "object")), s)
     was = s.base_log_probs.argmax(-1)
-    gain = np.array([[float(a != b) - np.mean([float(c != b) for c in noise]) for a, b, *noise in zip(s.log_probs["ID"][l].argmax(-1), was, *(s.log_probs[f"noise {i}"][l].argmax(-1) for i in range(2)))] for l in (2, 3, 4)])
+    turned = lambda name: (s.log_probs[name].argmax(-1) != was).double().numpy()[2:5]
+    gain = turned("ID") - (turned("noise 0") + turned("noise 1")) / 2
     assert one["steerability"]["value"] == pytest.approx(gain.mean())
     x = vlm.run(asked, [3], "subject").residual(3)[:, 0].norm(dim=-1).mean()
-    assert one["strength"]["by_layer"][3]["relative_norm"] == pytest.approx(float(np.linalg.norm(ids.ids[2], axis=-1).mean() / x), rel=1e-5)
+    relative = float(np.linalg.norm(ids.ids[2], axis=-1).mean() / x)
+    assert one["strength"]["by_layer"][3]["relative_norm"] == pytest.approx(relative, rel=1e-5)
     assert one["strength"]["by_layer"][3]["r2"] < .5, "random IDs are not linear in the place"
 
 
@@ -333,24 +383,30 @@ def test_a_point_of_figure_9():
 def made_up(**log_probs):
     "A sweep of two answers with given log-probabilities; base is `base` (B, 2)."
     base = torch.tensor(log_probs.pop("base"))
-    return Sweep([1, 2], {k: torch.tensor(v) for k, v in log_probs.items()}, base, None, np.zeros(len(base), int), "fast", None, 0)
+    edited = {name: torch.tensor(v) for name, v in log_probs.items()}
+    return Sweep([1, 2], edited, base, None, np.zeros(len(base), int), "fast", None, 0)
 
 
 def test_swaps_and_changes():
-    s = made_up(base=[[-1.0, -2], [-3, -1]], a=[[[-1.0, -2], [-1, -3]], [[-2, -1], [-3, -1]]], b=[[[-2.0, -1], [-1, -3]], [[-2, -1], [-3, -1]]])
+    a = [[[-1.0, -2], [-1, -3]], [[-2, -1], [-3, -1]]]
+    b = [[[-2.0, -1], [-1, -3]], [[-2, -1], [-3, -1]]]
+    s = made_up(base=[[-1.0, -2], [-3, -1]], a=a, b=b)
     assert st.swapped(s, ["a"]).tolist() == [[0, 1], [1, 0]] and st.swapped(s, ["a", "b"]).tolist() == [[.5, 1], [1, 0]]
-    assert st.odds(st.change(s, "a")).tolist() == [[0, -4], [2, 0]]
+    assert st.odds(change(s, "a")).tolist() == [[0, -4], [2, 0]]
 
 
 def test_layer_rules():
     g = np.random.default_rng(0)
     one = (g.random((9, 400)) < np.array([.1, .2, .3, .9, .5, .4, .3, .2, 0])[:, None]).astype(float)
     found = st.readings({"ID": one, "noise": one * .5}, list(range(1, 10)), 9)
-    assert found["top 3"]["layers"] == [4, 5, 6] and found["chosen on half"]["layers"] == [4] and found["middle third"]["layers"] == [4, 5, 6]
+    assert found["top 3"]["layers"] == [4, 5, 6]
+    assert found["chosen on half"]["layers"] == [4]
+    assert found["middle third"]["layers"] == [4, 5, 6]
     assert found["chosen on half"]["ID"]["value"] == one[3, 200:].mean() and found["chosen on half"]["ID"]["n"] == 200
     assert np.isclose(found["top 3"]["gain"]["value"], one[3:6].mean() / 2)
     one[3, 200:], one[3, :200] = 1, 0
-    assert st.readings({"ID": one, "noise": one}, list(range(1, 10)), 9)["chosen on half"]["layers"] == [5], "the second half has no say"
+    found = st.readings({"ID": one, "noise": one}, list(range(1, 10)), 9)
+    assert found["chosen on half"]["layers"] == [5], "the second half has no say"
 
 
 def test_thirds_and_slopes():
@@ -359,13 +415,14 @@ def test_thirds_and_slopes():
     effect[:, 3:6] = 1
     assert st.share_in_middle(effect, list(range(1, 10)), 9) == 1
     x = np.array([[0, 1, 2, 3], [3, 2, 1, 0]])
-    assert np.allclose(st.slope(2.0 * x + 1, x), 2) and np.allclose(st.slope(np.arange(4.0), np.arange(4)), 1)
+    assert np.allclose(slope(2.0 * x + 1, x), 2) and np.allclose(slope(np.arange(4.0), np.arange(4)), 1)
 
 
 def test_the_released_script_finds_every_equal_token(llava):
     query = ask("dog", "hot dog")
-    assert len(st.occurrences(llava, query, "subject")) == 2 and st.occurrences(llava, query, "subject") == st.occurrences(llava, query, "object")
-    assert st.occurrences(llava, ask("cup", "star"), "subject") == [st.occurrences(llava, ask("cup", "star"), "subject")[0]]
+    of_subject = st.occurrences(llava, query, "subject")
+    assert len(of_subject) == 2 and of_subject == st.occurrences(llava, query, "object")
+    assert len(st.occurrences(llava, ask("cup", "star"), "subject")) == 1
     scale = st.released_scale(llava, [query, ask("cup", "star")], 5, [1, 2])(1, slice(0, 2))
     assert (scale[0] > 5).all() and torch.equal(scale[1], torch.full((2, 1), 5.0))
 
@@ -377,14 +434,17 @@ def test_ids_are_read_at_the_words_of_the_relation(llava):
         assert q.text == scene.query().text and q.text[slice(*q.spans["subject"][0])] == word
         row, = llava.positions(q, "subject")
         assert row == llava.positions(scene.query(), st.relation_words(llava))[("left", "right").index(word)]
-    twice = Query(picture(0), QUESTION + " Answer left or right.", {"subject": "cup", "object": "star"}, ("left", "right"))
+    words = {"subject": "cup", "object": "star"}
+    twice = Query(picture(0), QUESTION + " Answer left or right.", words, ("left", "right"))
     assert len(llava.positions(twice, st.relation_words(llava))) == 2
 
 
 def test_a_pad_of_places(llava):
     ids, query = grid_ids(llava, linear=True), ask()
     log_odds, before = st.pad_odds(llava, ids, query, (1, 1), [(1, 1), (3, 1)])
-    assert log_odds.shape == (2, llava.n_layers) and np.allclose(log_odds[0], before) and not np.allclose(log_odds[1], before)
+    assert log_odds.shape == (2, llava.n_layers)
+    assert np.allclose(log_odds[0], before)
+    assert not np.allclose(log_odds[1], before)
     assert np.isclose(before, -float(llava.run(query).logit_diff))
     from matplotlib.figure import Figure
     panels = Figure().subplots(1, 2)
@@ -395,12 +455,12 @@ def test_a_pad_of_places(llava):
 # --- deep models: which layers are swept
 
 def test_every_layer_of_a_small_model_and_some_of_a_deep_one_are_swept():
-    assert st.swept_layers(8, 5) == list(range(1, 9)) and st.swept_layers(12, 1) == list(range(1, 13))
-    deep = st.swept_layers(30, 19)
+    assert swept_layers(8, 5) == list(range(1, 9)) and swept_layers(12, 1) == list(range(1, 13))
+    deep = swept_layers(30, 19)
     assert deep == [1, 4, 7, 10, 13, 16, 17, 18, 19, 20, 21, 22, 25, 28, 30]
-    assert st.swept_layers(30, 30, 10, 1) == [1, 11, 21, 29, 30] and st.swept_layers(30, 1, 10, 1) == [1, 2, 11, 21, 30]
-    assert st.layers_near(deep, 30, 19) == [13, 16, 17, 18, 19, 20, 21] and st.layers_near([1, 2, 3], 3, 1) == [1, 2, 3]
-    with pytest.raises(ValueError, match="layer 31 is none of 1 to 30"): st.swept_layers(30, 31)
+    assert swept_layers(30, 30, 10, 1) == [1, 11, 21, 29, 30] and swept_layers(30, 1, 10, 1) == [1, 2, 11, 21, 30]
+    assert layers_near(deep, 30, 19) == [13, 16, 17, 18, 19, 20, 21] and layers_near([1, 2, 3], 3, 1) == [1, 2, 3]
+    with pytest.raises(ValueError, match="layer 31 is none of 1 to 30"): swept_layers(30, 31)
     assert st.ticks(list(range(1, 9))) == list(range(1, 9)) and st.ticks(deep) == [2, 6, 10, 14, 18, 22, 26, 30]
 
 
@@ -408,14 +468,17 @@ def test_layers_between_those_swept_are_interpolated():
     values = np.random.default_rng(0).random((5, 4, 2))
     assert np.array_equal(st.at_every_layer(values, [1, 2, 3, 4, 5], 5), values)
     every = st.at_every_layer(values[:3], [1, 3, 6], 7)
-    assert every.shape == (7, 4, 2) and np.allclose(every[[0, 2, 5, 6]], values[[0, 1, 2, 2]]) and np.allclose(every[1], values[:2].mean(0))
+    assert every.shape == (7, 4, 2)
+    assert np.allclose(every[[0, 2, 5, 6]], values[[0, 1, 2, 2]])
+    assert np.allclose(every[1], values[:2].mean(0))
     effect = np.zeros((10, 30))
     effect[:, 10:20] = 1
     assert st.share_in_middle(effect, list(range(1, 31)), 30) == 1
-    some = st.swept_layers(30, 19)
+    some = swept_layers(30, 19)
     dense = st.share_in_middle(np.ones((10, len(some))), some, 30)
     assert dense == pytest.approx(10 / 29), "layers that are swept more densely do not count more"
-    assert st.readings({"ID": np.ones((15, 8)), "noise": np.zeros((15, 8))}, some, 30)["middle third"]["gain"]["value"] == 1
+    found = st.readings({"ID": np.ones((15, 8)), "noise": np.zeros((15, 8))}, some, 30)
+    assert found["middle third"]["gain"]["value"] == 1
 
 
 # --- the dose
@@ -423,11 +486,14 @@ def test_layers_between_those_swept_are_interpolated():
 def test_wilson_and_newcombe_are_the_published_intervals():
     one = st.wilson([1] * 81 + [0] * (263 - 81))
     assert (round(one["low"], 4), round(one["high"], 4), one["n"]) == (0.2553, 0.3662, 263), "Newcombe 1998, table I"
-    assert st.wilson([0] * 20)["low"] == 0 and round(st.wilson([0] * 20)["high"], 4) == 0.1611 and st.wilson([1] * 20)["high"] == 1
+    assert st.wilson([0] * 20)["low"] == 0
+    assert round(st.wilson([0] * 20)["high"], 4) == 0.1611
+    assert st.wilson([1] * 20)["high"] == 1
     ends = [st.wilson(np.arange(n) < k) for n in range(1, 60) for k in (0, 1, n - 1, n)]
     assert all(one["low"] <= one["value"] <= one["high"] for one in ends), "rounding must not exclude the value"
     gap = st.newcombe(st.wilson([1] * 56 + [0] * 14), st.wilson([1] * 48 + [0] * 32))
-    assert (round(gap["value"], 4), round(gap["low"], 4), round(gap["high"], 4)) == (0.2, 0.0524, 0.3339), "Newcombe 1998, table II, method 10"
+    found = [round(gap[key], 4) for key in ("value", "low", "high")]
+    assert found == [0.2, 0.0524, 0.3339], "Newcombe 1998, table II, method 10"
     with pytest.raises(ValueError, match="at least one question"): st.wilson([])
 
 
@@ -441,15 +507,18 @@ def test_a_dose_is_chosen_by_the_gain_on_the_first_questions_alone():
     swaps[0.5]["ID"][2, :5] = 1
     assert st.chosen_dose(swaps, 5) == (0.5, 2), "of equals the smaller dose"
     found = st.at_dose(swaps, 1.0, 1, slice(0, 5))
-    assert found["ID"]["value"] == 1 and found["noise"]["value"] == 0 and found["gain"]["value"] == 1 and found["gain"]["low"] < 1
+    assert found["ID"]["value"] == 1
+    assert found["noise"]["value"] == 0
+    assert found["gain"]["value"] == 1
+    assert found["gain"]["low"] < 1
 
 
 def test_each_word_is_moved_by_the_ids_of_its_slot(llava):
     first, second = grid_ids(llava, seed=0), grid_ids(llava, seed=1)
-    to, frm = st.permuted_places(3, 4, 0, 0)
+    to, frm = permuted_places(3, 4, 0, 0)
     found = st.moves_by_slot([first, second], to, frm)(2, slice(1, 3))
     for end, places in zip(found, (to, frm)):
-        wanted = [st.at_place(torch.as_tensor(ids.at(2)), places[1:3, k]) for k, ids in enumerate((first, second))]
+        wanted = [at_place(torch.as_tensor(ids.at(2)), places[1:3, k]) for k, ids in enumerate((first, second))]
         assert end.shape == (2, 2, llava.width) and torch.equal(end, torch.stack(wanted, 1))
     same = st.moves_by_slot([first, first], to, frm)(2, slice(0, 3))
     assert all(torch.equal(a, b) for a, b in zip(same, st.moves(first, to, frm)(2, slice(0, 3))))
@@ -458,8 +527,10 @@ def test_each_word_is_moved_by_the_ids_of_its_slot(llava):
 
 def test_edits_of_all_doses(llava):
     ids, rows = grid_ids(llava), torch.randn(3, 2, llava.width, dtype=torch.float64)
-    to, frm = st.permuted_places(3, 4, 0, 0)
-    edits = st.dose_edits(st.moves(ids, to, frm), [st.moves(ids, *st.permuted_places(3, 4, 0, 1))], [st.gaussian(llava.width, 2, 0, i) for i in range(2)], (0.25, 5.0))
+    to, frm = permuted_places(3, 4, 0, 0)
+    permuted = [st.moves(ids, *permuted_places(3, 4, 0, 1))]
+    noise = [st.gaussian(llava.width, 2, 0, i) for i in range(2)]
+    edits = st.dose_edits(st.moves(ids, to, frm), permuted, noise, (0.25, 5.0))
     assert list(edits) == [f"{name} {a}" for a in ("0.25", "5") for name in ("ID", "noise 0", "noise 1", "permuted 0")]
     for name, (group, edit) in edits.items():
         push = edit(rows, 1, slice(0, 3)) - rows
@@ -472,13 +543,15 @@ def test_the_ceiling_exchanges_rows_with_the_mirrored_picture(llava):
     assert list(found) == ["last sub-token", "whole words"] and all(v.shape == (2, 3) for v in found.values())
     rows = [llava.positions(q, st.whole_words(llava)) for q in queries]
     last = [llava.positions(q, st.BOTH) for q in queries]
-    assert len(rows[1]) > len(last[1]) == 2 and all(set(a) >= set(b) for a, b in zip(rows, last)), "a hot dog is several tokens"
+    assert len(rows[1]) > len(last[1]) == 2, "a hot dog is several tokens"
+    assert all(set(a) >= set(b) for a, b in zip(rows, last))
     from PIL import ImageOps
     for q, want in zip(queries, found["whole words"].T):
         source = Query(ImageOps.mirror(q.image), q.template, q.words, q.answers)
         group = st.whole_words(llava)
         for k, layer in enumerate((1, 3)):
-            with llava.patch({layer: (group, llava.run(source, [layer], [group]).residual(layer))}): patched = llava.run(q)
+            residual = llava.run(source, [layer], [group]).residual(layer)
+            with llava.patch({layer: (group, residual)}): patched = llava.run(q)
             assert bool(want[k]) == (patched.beliefs != llava.run(q).beliefs)
 
 
@@ -491,10 +564,13 @@ def test_efficiency_is_judged_only_below_a_ceiling():
 def test_figures_of_the_dose():
     from matplotlib.figure import Figure
     curve, rows = Figure().subplots(1, 2)
-    swaps = {a: {arm: np.full((2, 6), v) for arm, v in (("ID", 1.0), ("noise", 0.0), ("permuted places", 0.5))} for a in st.DOSES}
+    shares = {"ID": 1.0, "noise": 0.0, "permuted places": 0.5}
+    of_arms = {arm: np.full((2, 6), v) for arm, v in shares.items()}
+    swaps = {a: of_arms for a in st.DOSES}
     st.plot_dose(curve, swaps, 1, slice(3, None))
     assert [line.get_label() for line in curve.lines] == ["ID", "noise", "permuted places", "paper's α = 5"]
-    assert [t.get_text() for t in curve.get_xticklabels()] == [".25", ".5", "1", "2", "5", "10"] and np.allclose(curve.lines[0].get_ydata(), 1)
+    assert [t.get_text() for t in curve.get_xticklabels()] == [".25", ".5", "1", "2", "5", "10"]
+    assert np.allclose(curve.lines[0].get_ydata(), 1)
     st.plot_estimates(rows, [("a", st.wilson([1, 0]), "k"), ("b", st.wilson([0, 0]), "k")])
     assert [t.get_text() for t in rows.get_yticklabels()] == ["a", "b"]
     assert st.listed_layers([3, 4, 5]) == "3, 4, 5" and st.listed_layers([13, 16, 17, 20]) == "13-20"
@@ -502,20 +578,34 @@ def test_figures_of_the_dose():
 
 # --- the results
 
+def number(estimate):
+    "Whether it is an estimate inside its interval, or one that says why it is not judged."
+    if estimate["value"] is None: return estimate["n"] > 0 and estimate["not_judged"]
+    return estimate["n"] > 0 and estimate["low"] <= estimate["value"] <= estimate["high"]
+
+
 @pytest.mark.parametrize("path", sorted((ROOT/"results").glob("*/04_steering.json")), ids=lambda p: p.parent.name)
 def test_results_are_complete(path):
     found = read_results(path)
-    number = lambda one: one["n"] > 0 and (one["low"] <= one["value"] <= one["high"] if one["value"] is not None else one["not_judged"])
     assert all(number(one) for one in found["claims"].values()) and found["provenance"]["params"]["alpha"] == 5
-    assert {"ID", "noise", "permuted places", "off the plane", "agreeing ID"} <= set(found["fig2"]["curves"]) and set(found["fig2"]["readings"]) == {"top 3", "chosen on half", "middle third"}
-    params, deep = found["provenance"]["params"], "layer_step" in found["provenance"]["params"]  # of more than twelve blocks: dear, so fewer questions
-    assert params["n_scenes"] >= (24 if deep else 200) and params["n_noise"] >= (2 if deep else 5) and not params["quick"]
+    assert {"ID", "noise", "permuted places", "off the plane", "agreeing ID"} <= set(found["fig2"]["curves"])
+    assert set(found["fig2"]["readings"]) == {"top 3", "chosen on half", "middle third"}
+    params = found["provenance"]["params"]
+    deep = "layer_step" in params  # more than twelve blocks: dear, so fewer questions
+    assert params["n_scenes"] >= (24 if deep else 200)
+    assert params["n_noise"] >= (2 if deep else 5)
+    assert not params["quick"]
     if deep or "dose" in found:
-        assert found["dose"]["chosen"]["gain"]["n"] == found["dose"]["chosen"]["ID"]["n"] and {"layer", "alpha", "noise", "permuted places"} <= set(found["dose"]["chosen"])
+        chosen = found["dose"]["chosen"]
+        assert chosen["gain"]["n"] == chosen["ID"]["n"]
+        assert {"layer", "alpha", "noise", "permuted places"} <= set(chosen)
         assert (path.parent/"fig2_dose.png").is_file()
     assert found["fig9"]["strength"]["largest"] > 0 and number(found["fig9"]["steerability"])
-    assert all((path.parent/f"{name}.png").is_file() for name in ("fig2", "fig2_choices", "fig6a", "fig6b", "fig6c", "fig6d", "a16", "steering_path", "steering_pad"))
-    assert found["provenance"]["weight_hash"] == SpatialIDs.load(path.parent/"spatial_ids.safetensors").provenance["weight_hash"], "notebook 04 is older than the IDs: run it again"
+    figures = "fig2", "fig2_choices", "fig6a", "fig6b", "fig6c", "fig6d", "a16", "steering_path", "steering_pad"
+    assert all((path.parent/f"{name}.png").is_file() for name in figures)
+    of_ids = SpatialIDs.load(path.parent/"spatial_ids.safetensors").provenance
+    of_results = found["provenance"]["weight_hash"]
+    assert of_results == of_ids["weight_hash"], "notebook 04 is older than the IDs: run it again"
 
 
 # --- which prompt is it?

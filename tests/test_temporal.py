@@ -11,11 +11,16 @@ from PIL import Image, ImageOps
 from scipy.stats import spearmanr
 from tiny import tiny
 
-from spatialid import rerun, temporal as tm
-from spatialid.data import BEFORE_AFTER, FreeScenes, GridVideos, Videos, write_mvbench
+from spatialid import runner, temporal as tm
+from spatialid.benchmarks import write_mvbench
+from spatialid.questions import BEFORE_AFTER
+from spatialid.scenes import FreeScenes
+from spatialid.videos import GridVideos, Videos
 from spatialid.extraction import SpatialIDs, extract, grid_axes, grid_statistics, orthonormal
-from spatialid.hooks import VLM, Query
-from spatialid.results import rng, told
+from spatialid.hooks import VLM
+from spatialid.query import Query
+from spatialid.store import read_results
+from spatialid.stats import rng, as_text
 from spatialid.sweeps import in_float64
 
 SCENES = FreeScenes(40, seed=5, px=32, things=(2, 3))
@@ -217,7 +222,7 @@ def test_a_far_last_frame_has_a_long_last_step():
     found = tm.line_statistics(np.stack([far] * 4) + .01 * g.normal(size=(4, 8, 20)), 50, 50)
     assert found["last"]["high"] > found["last"]["low"] > 4
     shown = tm.with_null(found, ("r2", "pc1"))
-    assert shown["r2"].keys() == {"value", "null", "95 %"} and shown["pc1"] == {"value": told(found["pc1"])}
+    assert shown["r2"].keys() == {"value", "null", "95 %"} and shown["pc1"] == {"value": as_text(found["pc1"])}
 
 
 def test_layers():
@@ -409,7 +414,7 @@ def test_answers_from_files():
 def test_what_is_not_judged():
     one, good, poor = (dict(value=v, low=v - .1, high=v + .1, n=9) for v in (.3, .8, .55))
     assert tm.judged(one, good) is one
-    assert tm.judged(one, good, poor)["not_judged"] == f"the model answers {told(poor)} of these questions right"
+    assert tm.judged(one, good, poor)["not_judged"] == f"the model answers {as_text(poor)} of these questions right"
     assert tm.without_value(3) == {"value": None, "low": None, "high": None, "n": 3}
 
 
@@ -503,8 +508,8 @@ def test_the_notebook_runs_for_other_families(family, tmp_path, monkeypatch):
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     monkeypatch.setenv("SPATIALID_RESULTS", str(tmp_path))
-    rerun.run_notebook(rerun.find_notebook("08"), str(folder), quick=True, px=24, n_objects=3)
-    found = json.loads((tmp_path / "results" / folder.name / "quick" / "08_temporal.json").read_text())
+    runner.run_notebook(runner.find_notebook("08"), str(folder), quick=True, px=24, n_objects=3)
+    found = read_results((tmp_path / "results" / folder.name / "quick" / "08_temporal.json"))
     assert found["claims"]["emerges"]["not_judged"] and found["fig10b"]["videos"] == 336
     assert found["provenance"]["params"]["quick"]
     assert found["fig10c"]["from_files"]["same_answer"]["n"] == found["fig10c"]["right"]["n"]
@@ -518,8 +523,8 @@ def test_the_notebook_asks_about_files_in_the_format_of_mvbench(tmp_path, monkey
     monkeypatch.setenv("SPATIALID_RESULTS", str(tmp_path))
     folder = write_mvbench(tmp_path / "mvbench", 12)
     sorted((folder / "video").glob("*.mp4"))[0].unlink()
-    rerun.run_notebook(rerun.find_notebook("08"), "onevision-tiny", benchmark=str(folder), quick=True, n_objects=3)
-    found = json.loads((tmp_path / "results" / "onevision-tiny" / "quick" / "08_temporal.json").read_text())
+    runner.run_notebook(runner.find_notebook("08"), "onevision-tiny", benchmark=str(folder), quick=True, n_objects=3)
+    found = read_results((tmp_path / "results" / "onevision-tiny" / "quick" / "08_temporal.json"))
     assert found["fig10c"]["right"]["n"] == 6 and found["fig10a"]["answers"]["base"]["n"] == 6
     assert found["fig10c"]["right"]["value"] > .5
     assert found["fig10c"]["swapped"]["noise"]["n"] == 3 and found["fig10c"]["from_files"] is None
@@ -528,22 +533,22 @@ def test_the_notebook_asks_about_files_in_the_format_of_mvbench(tmp_path, monkey
 @pytest.mark.slow
 def test_a_picture_model_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("SPATIALID_RESULTS", str(tmp_path))
-    with pytest.raises(rerun.RunError, match="takes no videos"):
-        rerun.run_notebook(rerun.find_notebook("08"), "llava-tiny", quick=True)
+    with pytest.raises(runner.RunError, match="takes no videos"):
+        runner.run_notebook(runner.find_notebook("08"), "llava-tiny", quick=True)
 
 
 def test_reproduce_asks_what_a_model_was_trained_on(tmp_path):
-    names = lambda model: {p.stem for p in rerun.experiments(model)}
+    names = lambda model: {p.stem for p in runner.experiments(model)}
     assert "08_temporal" not in names("llava-tiny") and "04_steering" in names("llava-tiny")
     folder = tmp_path / "video"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps({"model_type": "llava_onevision"}))
-    assert rerun.medium_of(str(folder)) is None and {"08_temporal", "04_steering"} <= names(str(folder))
+    assert runner.medium_of(str(folder)) is None and {"08_temporal", "04_steering"} <= names(str(folder))
     (folder / "training.json").write_text(json.dumps({"recipe": {"frames": 8}}))
-    assert rerun.medium_of(str(folder)) == "video"
+    assert runner.medium_of(str(folder)) == "video"
     stages = (dict(still=True), "video"), (dict(relations=2), "video"), (dict(still=True, relations=2), None)
     for stage, medium in stages:
         (folder / "training.json").write_text(json.dumps({"recipe": {"frames": 8, "stages": [stage]}}))
-        assert rerun.medium_of(str(folder)) == medium
-    assert rerun.medium_of("llava-hf/llava-1.5-7b-hf") == "image"
-    assert rerun.medium_of("Qwen/Qwen2-VL-2B-Instruct") is None
+        assert runner.medium_of(str(folder)) == medium
+    assert runner.medium_of("llava-hf/llava-1.5-7b-hf") == "image"
+    assert runner.medium_of("Qwen/Qwen2-VL-2B-Instruct") is None

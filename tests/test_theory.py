@@ -12,12 +12,15 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from spatialid import theory as th
-from spatialid.data import GridScenes, grid_pairs
+from spatialid.scenes import GridScenes, grid_pairs
 from spatialid.extraction import extract, grid_statistics, subsample
-from spatialid.hooks import FAMILIES, VLM, Query
+from spatialid.families import FAMILIES
+from spatialid.hooks import VLM
+from spatialid.query import Query
 from spatialid.organisms import CELLS as CELL_WORDS
 from spatialid.organisms import Recipe, Stage, Steps, build
-from spatialid.sweeps import add, in_float64, sweep
+from spatialid.edits import add
+from spatialid.sweeps import in_float64, sweep
 from tiny import tiny, tiny_llava
 
 XY = np.stack(np.meshgrid(np.arange(4) - 1.5, np.arange(4) - 1.5), -1)

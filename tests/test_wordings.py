@@ -8,7 +8,8 @@ import pytest
 from spatialid.scenes import FreeScenes, relation
 from spatialid.videos import Videos
 from spatialid.query import fill
-from spatialid.wordings import ANSWERS, HELD_OUT_WORDINGS, WORDINGS, article, caption, listed, object_first, reword, sentence, template
+from spatialid.wordings import (ANSWERS, HELD_OUT_WORDINGS, WORDINGS, article, caption, listed, object_first, reword,
+                                sentence, template)
 
 OPPOSITE = dict(left="right", above="below", front="behind", before="after")
 OPPOSITE |= {b: a for a, b in OPPOSITE.items()}
@@ -28,7 +29,8 @@ def asked(kind, n):
 
 
 def test_there_are_a_dozen_and_half_name_the_reference_first():
-    assert {k: len(w) for k, w in WORDINGS.items()} == dict(left_right=12, above_below=12, front_behind=10, near_far=10, before_after=10)
+    counts = dict(left_right=12, above_below=12, front_behind=10, near_far=10, before_after=10)
+    assert {kind: len(wordings) for kind, wordings in WORDINGS.items()} == counts
     for wordings in WORDINGS.values(): assert sum(map(object_first, wordings)) * 2 == len(wordings)
     for kind, wordings in HELD_OUT_WORDINGS.items():
         assert 0 < sum(map(object_first, wordings)) < len(wordings), kind # of both orders
@@ -99,7 +101,8 @@ def test_captions_are_true_sentences():
             assert len(names) == 2
             first = text.startswith(f"The {names[0]}")
             s, o = (things[n] for n in (names if first else names[::-1]))
-            assert text.rstrip(".") in {sentence(kind, s, o, not first).rstrip(".") for kind in ANSWERS if kind != "before_after"}
+            spatial = [kind for kind in ANSWERS if kind != "before_after"]
+            assert text.rstrip(".") in {sentence(kind, s, o, not first).rstrip(".") for kind in spatial}
             firsts.add(first)
     assert firsts == {True, False}
     assert (article("orange cup"), article("red umbrella"), listed(["a"]), listed(["a", "b", "c"])) == (
