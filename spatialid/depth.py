@@ -7,18 +7,18 @@ __all__ = ['COMPARED', 'WORDS', 'GENERATED', 'DEPTHS', 'HEIGHTS', 'SIDES', 'TITL
            'WORD_TEMPLATES', 'AXES', 'COMPARISON', 'spellings', 'Continued', 'along_strings', 'answer_strings',
            'together', 'answer_sweep', 'in_use', 'Pair', 'PairQuestions', 'both_questions', 'Pictures',
            'trained_on_flat', 'training_kind', 'plot_pairs', 'correlation', 'height_and_depth', 'height_depth_numbers',
-           'all_as_text', 'plot_height_depth', 'spelling_shares', 'likelier_answers', 'depth_accuracy',
-           'depth_at_chance', 'scoring_difference', 'along', 'on_side', 'permuted_ids', 'push_edits', 'DepthScene',
-           'depth_scenes', 'each_with_another', 'plot_depth_scenes', 'random_axes', 'all_pushes', 'Pushed', 'push_both',
-           'correlations', 'pairing', 'over_pictures', 'arms_of', 'fig7a_numbers', 'speaks_for', 'fig7a_table',
-           'draw_zero', 'draw_curves', 'draw_matrix', 'plot_fig7a', 'numbers_by_layer', 'as_line', 'draw_line',
-           'draw_slopes', 'draw_pairings', 'plot_fig7a_layers', 'word_activations', 'object_pairs', 'cosine_matrix',
-           'overlap', 'within_question', 'centrings', 'mean_cosines', 'word_matrices', 'share_in_plane',
-           'coefficient_table', 'permuted_planes', 'closer_overlap', 'word_overlaps', 'axis_numbers', 'axis_table',
-           'draw_words', 'draw_axes_of_words', 'plot_fig7b', 'depth_statistics', 'depth_null', 'depth_geometry',
-           'IDSet', 'id_sets', 'ratio_of_means', 'not_judged', 'specificity', 'specificity_text', 'draw_geometry',
-           'draw_specificity', 'plot_depth_ids', 'depth_over_height', 'depth_summary', 'beside', 'commands_for',
-           'draw_compared', 'plot_compared', 'compared_table', 'pairing_claim']
+           'texts_of', 'plot_height_depth', 'spelling_shares', 'likelier_answers', 'depth_accuracy', 'depth_at_chance',
+           'scoring_difference', 'along', 'on_side', 'permuted_ids', 'push_edits', 'DepthScene', 'depth_scenes',
+           'each_with_another', 'plot_depth_scenes', 'random_axes', 'all_pushes', 'Pushed', 'push_both', 'correlations',
+           'pairing', 'over_pictures', 'arms_of', 'fig7a_numbers', 'speaks_for', 'fig7a_table', 'draw_zero',
+           'draw_curves', 'draw_matrix', 'plot_fig7a', 'numbers_by_layer', 'as_line', 'draw_line', 'draw_slopes',
+           'draw_pairings', 'plot_fig7a_layers', 'word_activations', 'object_pairs', 'cosine_matrix', 'overlap',
+           'within_question', 'centrings', 'mean_cosines', 'word_matrices', 'share_in_plane', 'coefficient_table',
+           'permuted_planes', 'closer_overlap', 'word_overlaps', 'axis_numbers', 'axis_table', 'draw_words',
+           'draw_axes_of_words', 'plot_fig7b', 'depth_statistics', 'depth_null', 'depth_geometry', 'IDSet', 'id_sets',
+           'ratio_of_means', 'not_judged', 'specificity', 'specificity_text', 'draw_geometry', 'draw_specificity',
+           'plot_depth_ids', 'depth_over_height', 'depth_summary', 'beside', 'commands_for', 'draw_compared',
+           'plot_compared', 'compared_table', 'pairing_claim']
 
 # %% ../nbs/05_depth.ipynb #0ec7125b
 import json
@@ -369,13 +369,13 @@ def height_depth_numbers(
     r = bootstrap(sums, lambda v: correlation(v.sum(0)), seed=seed)
     return {"correlation": {**r, "things": int(sums[:, 0].sum())}, "lower_in_front": bootstrap(lower, seed=seed)}
 
-def all_as_text(
+def texts_of(
     numbers, # {value, low, high}, or dictionaries of such numbers
 ): # text, or dictionaries of texts; what is no number stays
     "Numbers with their intervals as text."
     if not isinstance(numbers, Mapping): return numbers
     if "value" in numbers: return as_text(numbers)
-    return {key: all_as_text(number) for key, number in numbers.items()}
+    return {key: texts_of(number) for key, number in numbers.items()}
 
 def _things(scenes):
     "The things of all scenes."
@@ -398,7 +398,7 @@ def plot_height_depth(
     _scatter(panels[0], [o for o in ordinary if not o.air], OKABE_ITO[1], "on the ground")
     _scatter(panels[1], flat, OKABE_ITO[2], "at any height")
     for ax, kind in zip(panels, GENERATED):
-        r, lower = (as_text(numbers[kind][key]) for key in ("correlation", "lower_in_front"))
+        r, lower = (texts_of(numbers[kind][key]) for key in ("correlation", "lower_in_front"))
         ax.set_title(f"{kind}: correlation {r}\nthe lower one is in front: {lower}", fontsize=10)
         ax.set_xlabel("depth (camera heights)")
     panels[0].set_ylabel("height in the picture y (fraction, downwards)")
@@ -741,9 +741,9 @@ def fig7a_table(
     "Pairing and slopes of every arm as text."
     table = {}
     for arm, found in numbers.items():
-        slopes = {which: as_text(v) for which, v in found["slopes"].items()}
+        slopes = {which: texts_of(v) for which, v in found["slopes"].items()}
         table[TITLES[arm].format(alpha)] = {
-            "pairing": as_text(found["pairing"]), "speaks for": speaks_for(found["pairing"]),
+            "pairing": texts_of(found["pairing"]), "speaks for": speaks_for(found["pairing"]),
             "slope below/above": slopes["height"], "front/behind": slopes["depth"]}
     return table
 
@@ -955,7 +955,7 @@ def coefficient_table(
     places:dict, # {value, low, high}: (4, 2)
 ) -> dict: # {word: text}
     "Coefficients of the four words on h and v as text."
-    return {word: as_text(places[w]) for w, word in enumerate(WORDS)}
+    return {word: texts_of(places[w]) for w, word in enumerate(WORDS)}
 
 # %% ../nbs/05_depth.ipynb #ff037701
 AXES = ("below → above", "behind → front", "right → left", "far → near")
@@ -1007,7 +1007,7 @@ def axis_table(
     cosines:dict, # {value, low, high}: (4, 4)
 ) -> dict: # {axis: text}
     "Cosines of the axes of words with below → above as text."
-    return {axis: as_text(cosines[0, k]) for k, axis in enumerate(AXES) if k}
+    return {axis: texts_of(cosines[0, k]) for k, axis in enumerate(AXES) if k}
 
 # %% ../nbs/05_depth.ipynb #030fb59d
 def draw_words(ax, at:np.ndarray): # (pair, 4, 2)
@@ -1155,7 +1155,7 @@ def specificity(
         found[f"{name}, size"] = bootstrap(np.abs(slopes[name][k, half]), seed=seed)
         found[f"random axis, {name}"] = bootstrap(noise[k, half], seed=seed)
     if found["on"]["low"] <= 0 <= found["on"]["high"]:
-        ratio = not_judged(f"the on-axis slope is {as_text(found['on'])}", found["on"]["n"])
+        ratio = not_judged(f"the on-axis slope is {texts_of(found['on'])}", found["on"]["n"])
     else: ratio = ratio_of_means(slopes["on"][k, half], slopes["off"][k, half], seed, size=True)
     return {**found, "off_over_on": ratio}
 
@@ -1164,7 +1164,7 @@ def specificity_text(
 ) -> dict: # {what: text}
     "The slopes at the chosen layer as text, beside those of random axes."
     columns = ("layer", "on", "off", "off_over_on", "random axis, on", "random axis, off")
-    return all_as_text({key: found[key] for key in columns})
+    return texts_of({key: found[key] for key in columns})
 
 # %% ../nbs/05_depth.ipynb #a86cba1d
 def draw_geometry(
@@ -1234,7 +1234,7 @@ def depth_over_height(
     slopes = {which: v[k, pushed.reporting] for which, v in pushed.slopes(arm).items()}
     height = bootstrap(slopes["height"], seed=seed)
     if height["low"] <= 0 <= height["high"]:
-        return not_judged(f"the slope of above/below is {as_text(height)}", height["n"])
+        return not_judged(f"the slope of above/below is {texts_of(height)}", height["n"])
     return ratio_of_means(slopes["height"], slopes["depth"], seed)
 
 def depth_summary(
@@ -1308,7 +1308,7 @@ def compared_table(
     "The numbers of the comparison as text."
     table = {}
     for model, found in compared.items():
-        table[model] = {"trained on": found["home"], **all_as_text(found["summary"][kind])}
+        table[model] = {"trained on": found["home"], **texts_of(found["summary"][kind])}
     return table
 
 # %% ../nbs/05_depth.ipynb #670b86d5
@@ -1323,6 +1323,6 @@ def pairing_claim(
     r = correlations(pushed.curves("height")[k, pushed.reporting])
     two = np.stack([r[:, 0, 2], r[:, 1, 3]], 1)
     two = two[np.isfinite(two).all(1)]
-    if at_chance: return not_judged(f"the model answers {as_text(depth)} of the questions about depth right", len(two))
+    if at_chance: return not_judged(f"the model answers {texts_of(depth)} of the questions about depth right", len(two))
     if not len(two): return not_judged("the push changes no answer", 0)
     return bootstrap(two, lambda v: v.mean(0).min(), seed=seed)

@@ -16,7 +16,7 @@ __all__ = ['SIDES', 'RADIUS', 'STAGES', 'TOLERANCE', 'LITTLE', 'VERDICTS', 'PLAC
            'words_alone', 'paired', 'injections', 'right_of', 'injected', 'word_embeddings', 'matched_places',
            'attended_places', 'place_from_ids', 'exchanged_question', 'words_with_picture', 'inferred_places',
            'choose_repair', 'repaired', 'recorded', 'released_centre', 'released_centres', 'CaseSource', 'plot_cases',
-           'kinds_in', 'question_numbers', 'all_as_text', 'test_text', 'fig8a_numbers', 'fig8a_by_layer', 'short_test',
+           'kinds_in', 'question_numbers', 'texts_of', 'test_text', 'fig8a_numbers', 'fig8a_by_layer', 'short_test',
            'draw_overlaid', 'draw_line', 'draw_effects', 'plot_fig8a', 'draw_masks', 'plot_fig8b', 'lesion_plan',
            'lesion_plans', 'lesion_record', 'heads_record', 'not_run', 'LesionStudy', 'lesion_table', 'heads_table',
            'draw_losses', 'draw_confusion', 'plot_lesions', 'chosen_on_half', 'injection_record', 'injection_table',
@@ -1195,7 +1195,7 @@ def question_numbers(
     return {"n": len(questions), "dropped": questions.dropped, "another_word_likelier": int(read.elsewhere.sum()),
             "accuracy": {name: bootstrap(v, seed=seed) for name, v in right.items()}}
 
-def all_as_text(
+def texts_of(
     numbers, # {value, low, high}, tests of `compare`, or dictionaries of such numbers
     digits:int=2,
 ): # text, or dictionaries of texts; what is no number stays
@@ -1203,7 +1203,7 @@ def all_as_text(
     if not isinstance(numbers, Mapping): return numbers
     if "value" in numbers: return as_text(numbers, digits)
     if "effect" in numbers: return test_text(numbers)
-    return {key: all_as_text(number, digits) for key, number in numbers.items()}
+    return {key: texts_of(number, digits) for key, number in numbers.items()}
 
 def test_text(
     test:dict, # of `compare`
@@ -1540,7 +1540,7 @@ def injection_table(
     "What putting IDs in does at the layer chosen on half, as text."
     columns = ("layer", "gain", "gained", "lost", "p", "over_noise")
     table = {}
-    for arm, found in a8["chosen_on_half"].items(): table[arm] = all_as_text({key: found[key] for key in columns}, 3)
+    for arm, found in a8["chosen_on_half"].items(): table[arm] = texts_of({key: found[key] for key in columns}, 3)
     return table
 
 # %% ../nbs/06_diagnosis.ipynb #e1f3d2e2

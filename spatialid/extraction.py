@@ -33,7 +33,6 @@ import safetensors.numpy
 import torch
 from fastcore.basics import patch
 from safetensors import SafetensorError, safe_open
-from scipy.stats import t as student
 from tqdm import tqdm
 
 from .stats import absolute, around, as_text, leave_one_out, over_null, rng, with_interval

@@ -166,7 +166,7 @@ def test_the_effect_size_counts_pairs():
     assert few["effect"]["value"] is None and "only 3 wrong" in few["effect"]["not_judged"]
     assert dg.test_text(few) == few["effect"]["not_judged"] and dg.short_test(few).startswith("r = only 3 wrong")
     assert f"p = {found['p']:.1g}" in dg.short_test(found) and few["p"] is None
-    assert dg.all_as_text({"a": {"b": found}, "c": 3}) == {"a": {"b": dg.test_text(found)}, "c": 3}
+    assert dg.texts_of({"a": {"b": found}, "c": 3}) == {"a": {"b": dg.test_text(found)}, "c": 3}
 
 
 def test_figure_8a_compares_every_baseline(llava, questions, monkeypatch):
