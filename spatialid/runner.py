@@ -407,9 +407,9 @@ def _outcomes(queue, workers, pool):
             if is_done(*job): yield job, None, None
             else: queue.running[pool.submit(_run_and_record, *job)] = job
         for future in wait(queue.running, return_when=FIRST_COMPLETED).done:
-            job = queue.running.pop(future)
-            try: yield job, future.result(), None
-            except RunError as error: yield job, None, error
+            try: outcome = future.result(), None  # where a worker was killed the job stays among the running ones
+            except RunError as error: outcome = None, error
+            yield queue.running.pop(future), *outcome
 
 def _run_all(
     jobs:list, # (notebook, model, in its short form?) in order

@@ -353,7 +353,7 @@ def test_a_figure_stands_on_the_page_under_its_heading(lab):
 
 @pytest.mark.slow
 def test_a_quick_run_leaves_what_a_full_one_wrote(lab, capsys):
-    save = "from spatialid.store import save_results\nsave_results(model, '01_a', {'claims': {'x': dict(value=1, low=1, high=1, n=1)}}, {'params': {'quick': quick}})"
+    save = "from spatialid.store import save_results\nsave_results(model, '01_a', {'claims': {'x': dict(value=1, low=0.9, high=1.1, n=1)}}, {'params': {'quick': quick}})"
     lab.notebook("01_a", save, parameters='model = "toy"\nquick = False')
     entry = {"id": "x", "source": "§0", "claim": "", "paper": "", "note": "", "measure": "x", "rule": {"notebook": "01_a", "key": "claims.x", "op": ">", "threshold": 0}}
     (lab.root/"nbs"/"claims.json").write_text(json.dumps([entry]))
