@@ -60,8 +60,7 @@ def write_benchmark(folder:str|Path, # made if needed
         images.append(dict(id=scene.index + 1, file_name=_file_name(scene), width=px, height=px))
         for name, box in drawn.items(): boxes.append(_annotation(len(boxes) + 1, scene, kinds[name], box))
     categories = [dict(id=k, name=name, supercategory="object") for name, k in kinds.items()]
-    annotated = dict(images=images, annotations=boxes, categories=categories)
-    write_json(folder / "instances_val2017.json", annotated)
+    write_json(folder / "instances_val2017.json", dict(images=images, annotations=boxes, categories=categories))
     return write_json(folder / "coco_qa_two_obj.json", rows[:n]).parent
 
 # %% ../nbs/lib/benchmarks.ipynb #7adc8888

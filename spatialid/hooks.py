@@ -1015,8 +1015,11 @@ def _load_processor(name, source, hub):
         raise ValueError(f"{name} has no processor with a tokenizer: save it with processor.save_pretrained")
     return processor
 
-def _complete(name, model, info):
-    "A model that has all its weights, by what Hugging Face says of loading it. Raises ValueError where some lack."
+def _load_weights(name, source, adapter, dtype, merge, quiet, kwargs):
+    "A model with all its weights; `adapter` is the folder of one, or None. Raises ValueError where weights lack."
+    with _loading(name, "weights", quiet=quiet):
+        if adapter: model, info = load_adapted(adapter, dtype, merge, **kwargs)
+        else: model, info = pretrained(source, dtype=dtype, **kwargs)
     if lacking := sorted(map(str, {*info["missing_keys"], *info["mismatched_keys"]})):
         raise ValueError(f"the weights of {name} lack {len(lacking)} tensors that its config asks for ({lacking[0]}, "
                          "...): copy or download them again")
@@ -1039,10 +1042,10 @@ def load(cls:VLM,
 ) -> VLM:
     "Load a model and check it. Raises ValueError or FileNotFoundError: one sentence with the remedy."
     (source, folder), checkpoint = locate(name), find_checkpoint(str(name))
-    adapted = folder is not None and adapter_of(folder) is not None
-    part = (lambda *files: source_of(folder, *files)) if adapted else (lambda *files: source)
+    adapter = folder if adapter_of(folder) is not None else None
+    part = lambda *files: source_of(adapter, *files) if adapter else source # where some of its files are
     dtype = as_dtype(dtype, kwargs.pop("torch_dtype", None))
-    if not (merge or adapted): raise ValueError(f"{name} {_NO_ADAPTER}")
+    if not (merge or adapter): raise ValueError(f"{name} {_NO_ADAPTER}")
     hub = {k: kwargs[k] for k in ("revision", "cache_dir", "token", "local_files_only") if k in kwargs}
     config = _load_config(name, part("config.json"), checkpoint, hub)
     organism = name in bundled() or bool(getattr(config, "organism", False))
@@ -1050,15 +1053,12 @@ def load(cls:VLM,
     dtype = _dtype_of(dtype, checkpoint, organism, config)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if "device_map" not in kwargs: _check_memory(name, config, dtype, device)
-    with _loading(name, "weights", quiet=organism):
-        model, info = (load_adapted(folder, dtype, merge, **kwargs) if adapted
-                       else pretrained(source, dtype=dtype, **kwargs))
-    model = _complete(name, model, info)
+    model = _load_weights(name, source, adapter, dtype, merge, organism, kwargs)
     if "device_map" not in kwargs: model = model.to(device)
-    revision, called = getattr(config, "_commit_hash", None), folder.resolve().name if folder else name
-    vlm = cls(model, processor, called, organism, revision, folder)
+    called = folder.resolve().name if folder else name
+    vlm = cls(model, processor, called, organism, getattr(config, "_commit_hash", None), folder)
     vlm._loaded = vlm._mark()
-    if adapted: vlm._hash[vlm._loaded] = identity(folder, vlm.revision)
+    if adapter: vlm._hash[vlm._loaded] = identity(folder, vlm.revision)
     return vlm.check()
 
 _NO_ADAPTER = "has no adapter to keep apart: leave out merge=False, or give the folder of a PEFT adapter"
