@@ -88,9 +88,10 @@ class Frames(ImageProcessingMixin):
         if arrange is _stack and len({*lengths}) > 1:
             raise ValueError(f"the videos of a batch have {min(lengths)} to {max(lengths)} frames: with {family.title} "
                              "run those of one length together")
-        parts = [arrange(prepare, [as_seen(frame) for frame in video], family) for video in videos]
+        parts = [arrange(prepare, list(map(as_seen, video)), family) for video in videos]
+        def together(key): return torch.cat([part[key] for part in parts])
         meta = [VideoMetadata(n, fps=self.rate or family.rate, frames_indices=list(range(n))) for n in lengths]
-        return {key: torch.cat([part[key] for part in parts]) for key in parts[0]} | {"video_metadata": meta}
+        return {key: together(key) for key in parts[0]} | {"video_metadata": meta}
 
 
 
@@ -106,7 +107,8 @@ def _patches(prepare, frames, family):
     """Frames in patches that span `temporal_patch_size` of them.
 
     The image processor makes a clip of equal frames of each picture; of the i-th picture the i-th frame is taken."""
-    t, n, merge = prepare.temporal_patch_size, len(frames), prepare.merge_size
+    t, merge = prepare.temporal_patch_size, prepare.merge_size
+    n = len(frames)
     edges = ("shortest_edge", "longest_edge")
     size = {edge: getattr(prepare.size, edge) // (n if edge in family.shared else 1) for edge in edges}
     out = prepare(frames + frames[-1:] * (-n % t), size=size, return_tensors="pt")

@@ -43,7 +43,8 @@ class Turn:
 
 class Eager:
     "A context in which compiled modules run as they are written: compiled code skips hooks that came after it."
-    lock, inside, stance = threading.Lock(), 0, None
+    lock, inside = threading.Lock(), 0
+    stance = None # what torch.compiler goes back to
 
     def __enter__(self):
         with self.lock:
@@ -69,7 +70,8 @@ class VLM:
         folder:Path|None=None, # where its safetensors are
     ):
         self.model, self.processor = (model := unwrapped(model)), processor
-        self.name, self.organism, self.revision, self.folder = name, organism, revision, folder
+        self.name, self.organism = name, organism
+        self.revision, self.folder = revision, folder
         self.family, text = find_family(model.config, name), model.config.get_text_config()
         self.n_layers, self.width = text.num_hidden_layers, text.hidden_size
         self.blocks, norm = self._parts()
@@ -81,7 +83,8 @@ class VLM:
         frames = getattr(processor, "video_processor", None)
         if isinstance(frames, Frames): frames.family = model.config.model_type
         if self.tokenizer.pad_token is None: self.tokenizer.pad_token = self.tokenizer.eos_token
-        self._edits, self._known, self._turn = [], {}, Turn()
+        self._edits, self._known = [], {}
+        self._turn = Turn()
         self._loaded, self._hash = None, {} # mark of the weights as they were loaded; {mark: hash}
 
     def _parts(self):
@@ -260,18 +263,18 @@ def _given(image, video, films):
 
 # %% ../nbs/00_hooks.ipynb #d7870db8
 @patch
-def rows(self:VLM,
+def resolve_rows(self:VLM,
     query:Query|None, # None: a prompt of which there are only the tokens
-    group, # of positions, see the table above
+    group, # what `at=`, `patch` and `steer` are given: see the table above
     ids:torch.Tensor, # (T,) tokens of its prompt, without padding
-) -> list: # of positions from 0
-    """Rows of a group of positions in a prompt that is already tokenised.
+) -> list: # of positions from 0, in the order of the group
+    """What a group means in a prompt that is already tokenised.
 
-    Cross-attention states are numbered behind the last token. Raises ValueError for a group that is not there."""
-    if callable(group) and query: return self.rows(query, group(query), ids)
+    A picture that has no tokens has its rows behind the last token. Raises ValueError for a group that is not there."""
+    if callable(group) and query: return self.resolve_rows(query, group(query), ids)
     if isinstance(group, Integral): return [_position(query, group, len(ids))]
     if not isinstance(group, str) and not callable(group):
-        return [row for part in ordered(group, "groups") for row in self.rows(query, part, ids)]
+        return [row for part in ordered(group, "groups") for row in self.resolve_rows(query, part, ids)]
     if group == "all": return list(range(len(ids)))
     if group == "last": return [len(ids) - 1]
     if group in ("image", "video", "text"): return self._seen_rows(query, group, ids)
@@ -324,7 +327,7 @@ def positions(self:VLM,
 ) -> list: # token positions, from 0, in the prompt with all its image tokens
     "Token positions of a group. Raises ValueError for a group the query does not have."
     ids = self.encode([query])["input_ids"][0]
-    rows = self.rows(query, group, ids)
+    rows = self.resolve_rows(query, group, ids)
     if max(rows, default=0) >= len(ids):
         raise ValueError(f"the picture has no positions in {self.family.title}, which reads it by cross-attention: "
                          "give the group 'image' to run and patch")
@@ -378,7 +381,7 @@ def _first_token(self:VLM, prefix, word):
 @patch
 def _answer_ids(self:VLM, end, answers):
     "First tokens of each answer after a prompt with this end, less those that answers share."
-    starts = [{self._spelt(end, form) for form in _forms(word)} - {None} for word in answers]
+    starts = [self._starts(end, word) for word in answers]
     apart = [ids - set().union(*starts[:k], *starts[k + 1:]) for k, ids in enumerate(starts)]
     for word, ids in zip(answers, apart):
         if not ids:
@@ -393,10 +396,13 @@ def _forms(word):
     return {space + first + word[1:] for space in ("", " ") for first in firsts}
 
 @patch
-def _spelt(self:VLM, end, form):
-    "The first token of a form after the end of the prompt, or else after a line break; None where neither is apart."
-    token = self._first_token(end, form)
-    return self._first_token("\n", form) if token is None else token
+def _starts(self:VLM, end, word):
+    "First tokens of the forms of a word after the end of the prompt, or else after a line break."
+    tokens = set()
+    for form in _forms(word):
+        token = self._first_token(end, form)
+        tokens.add(self._first_token("\n", form) if token is None else token)
+    return tokens - {None}
 
 @patch
 def answer_ids(self:VLM, query:Query) -> list: # [[id, ...], ...]
@@ -542,10 +548,11 @@ _ONE_LENGTH = "run those of one length together, or ask for single words" # wher
 @patch
 def _batch(self:VLM, queries, start, total, layers, groups):
     "One forward pass over `queries`, which begin at `start` of `total`: {what: tensor} and {group: number of rows}."
-    batch, kept, edits = self.encode(queries), {}, {}
+    batch = self.encode(queries)
+    kept, edits = {}, {}
     pad = (batch["attention_mask"] == 0).sum(1).tolist()
     def find(group): # (B, P) in the padded batch
-        rows = [self.rows(q, group, ids[p:]) for q, ids, p in zip(queries, batch["input_ids"], pad)]
+        rows = [self.resolve_rows(q, group, ids[p:]) for q, ids, p in zip(queries, batch["input_ids"], pad)]
         _same_length(rows, group, "queries", _ONE_LENGTH)
         return (torch.tensor(rows) + torch.tensor(pad)[:, None]).to(self.device)
     places = {group: find(group) for group in groups} # without layers too: a group that is not there is a mistake
@@ -602,7 +609,8 @@ def _as_groups(at):
 @patch
 def _batches(self:VLM, queries, layers, groups, batch_size, device):
     "{what: tensor} and {group: number of rows} of all queries. Raises ValueError where groups differ in length."
-    total, out, first = len(queries), {}, None
+    out, first = {}, None
+    total = len(queries)
     for start in range(0, total, batch_size):
         kept, sizes = self._batch(queries[start:start + batch_size], start, total, layers, groups)
         first = first or sizes
@@ -761,14 +769,15 @@ class Prompts:
         groups, # of positions
         what:str, # for messages: "patch" or "steer"
     ):
-        self.vlm, self.groups, self.what = vlm, [*groups], what
+        self.vlm, self.what = vlm, what
+        self.groups = [*groups]
         self.mark, self.here = next(_marks), threading.local()
         self.read = {} # {token ids: [(query, rows of each group)]}
         for query in queries:
             ids = vlm.encode([query])["input_ids"][0]
             self.read.setdefault(tuple(ids.tolist()), []).append((query, self._rows(query, ids)))
 
-    def _rows(self, query, ids): return [self.vlm.rows(query, group, ids) for group in self.groups]
+    def _rows(self, query, ids): return [self.vlm.resolve_rows(query, group, ids) for group in self.groups]
 
     def _find(self, b, text, query):
         "Rows of each group in prompt b of a call, whose token ids are `text`; its query is None where not known."
@@ -792,7 +801,9 @@ class Prompts:
 # %% ../nbs/00_hooks.ipynb #a1f0c004
 def _behind(rows, ids, text):
     "Rows of each group of a prompt that goes on; those of a picture without tokens lie behind the last token."
-    return [[row + (len(text) - len(ids)) * (row >= len(ids)) for row in group] for group in rows]
+    longer = len(text) - len(ids)
+    def moved(row): return row + longer if row >= len(ids) else row
+    return [[*map(moved, group)] for group in rows]
 
 def _alike(query, fits):
     "Of the prompts [(query, rows)] that a text fits: those of the query itself, else of its words, else all."
@@ -854,7 +865,7 @@ def _call_hooks(self:VLM, edits, prompts):
 @patch
 def _change(self:VLM, found, k, layer, group, new):
     "(rows, new) of the k-th group in a call whose prompts are `found`; the rows of a query serve all its beams."
-    rows = [[pad + row for row in groups[k]] for pad, groups in found]
+    rows = [(pad + torch.tensor(groups[k])).tolist() for pad, groups in found]
     _same_length(rows, group, "prompts", "call the model with those of one length")
     where = torch.tensor(rows, device=self.device)
     if isinstance(new, Run): new = new.residual(layer, group)

@@ -61,7 +61,7 @@ MIXED = [ask(0), ask(1, "umbrella", "hot dog"), ask(2, template="Is the {subject
                  image=None)]
 
 
-# Words and positions --------------------------------------------------------------------------------------------------
+# Words and positions -------------------------------------------------------------------------------------------------
 
 NAMES = [("cup", "star"), ("star", "cup"), ("cup", "cup"), ("hot dog", "dog"), ("dog", "hot dog"),
          ("umbrella", "airplane"), ("Umbrella", "umbrella"), ("traffic light", "right whale"), ("é", "naïve café")]
@@ -106,7 +106,8 @@ def test_question_that_looks_like_the_chat_template(text, word, chat):
 
 def test_image_and_text_tile_what_can_differ(vlm):
     query = ask()
-    ids, image, text = vlm.encode([query])["input_ids"][0], vlm.positions(query, "image"), vlm.positions(query, "text")
+    ids = vlm.encode([query])["input_ids"][0]
+    image, text = vlm.positions(query, "image"), vlm.positions(query, "text")
     assert (ids[image] == vlm.model.config.image_token_id).all() and len(image) == 16
     assert sorted(image + text) == list(range(image[0], len(ids))) and vlm.positions(query, "last") == [len(ids) - 1]
     assert vlm.positions(query, ("subject", np.int64(0), -1)) == [*vlm.positions(query, "subject"), 0, len(ids) - 1]
@@ -160,7 +161,7 @@ def test_a_mistake_is_one_clear_sentence(vlm, make, message):
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
-# Capture --------------------------------------------------------------------------------------------------------------
+# Capture -------------------------------------------------------------------------------------------------------------
 
 def oracle(vlm, query):
     "All hidden states of one query by the model's own means, one at a time, without padding."
@@ -233,7 +234,7 @@ def test_hooks_leave_the_logits_bit_equal(vlm):
     assert vlm.check() is vlm
 
 
-# Patch ----------------------------------------------------------------------------------------------------------------
+# Patch ---------------------------------------------------------------------------------------------------------------
 
 def test_patching_a_run_with_itself_changes_nothing(vlm):
     queries = [ask(i) for i in range(3)]
@@ -320,15 +321,17 @@ def test_nothing_survives(vlm, monkeypatch):
     assert torch.equal(vlm.run(ask()).logits, logits)
 
 
-# What the notebook shows ----------------------------------------------------------------------------------------------
+# What the notebook shows ---------------------------------------------------------------------------------------------
 
-def test_rows_are_the_positions_without_encoding_again(vlm):
+def test_resolved_rows_are_the_positions_without_encoding_again(vlm):
     ids = vlm.encode([ask()])["input_ids"][0]
     for group in ("image", "text", "objects", "answers", ("last", 0), lambda query: "subject"):
-        assert vlm.rows(ask(), group, ids) == vlm.positions(ask(), group)
-    assert vlm.rows(None, "all", ids) == list(range(len(ids))), "groups that are no words need no query"
-    with pytest.raises(ValueError, match="does not say where the group 'subject' is"): vlm.rows(None, "subject", ids)
-    with pytest.raises(ValueError, match="position 99 is outside the 9 tokens of .a prompt"): vlm.rows(None, 99, ids[:9])
+        assert vlm.resolve_rows(ask(), group, ids) == vlm.positions(ask(), group)
+    assert vlm.resolve_rows(None, "all", ids) == list(range(len(ids))), "groups that are no words need no query"
+    with pytest.raises(ValueError, match="does not say where the group 'subject' is"):
+        vlm.resolve_rows(None, "subject", ids)
+    with pytest.raises(ValueError, match="position 99 is outside the 9 tokens of .a prompt"):
+        vlm.resolve_rows(None, 99, ids[:9])
 
 
 def test_a_prompt_is_drawn_with_a_box_for_each_token_and_one_for_the_picture(vlm):
@@ -390,7 +393,7 @@ def test_the_table_of_families_says_what_is_within_its_limit():
         "| Qwen2-VL, video | ✗ 2e-03 | ✓ 0 |", "", "torch 2"]
 
 
-# Answers --------------------------------------------------------------------------------------------------------------
+# Answers -------------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("kind", ["metaspace", "bytes"])
 @pytest.mark.parametrize("chat,template", [
@@ -436,7 +439,7 @@ def test_belief_measures(exact):
     assert mixed.beliefs == [q.answers[i] for q, i in zip(queries, mixed.log_probs.argmax(1))]
 
 
-# Families -------------------------------------------------------------------------------------------------------------
+# Families ------------------------------------------------------------------------------------------------------------
 # What holds for every family is the parity matrix, in `tools/families.py`; here is what is particular.
 
 def film(*seeds, template=LR, px=20):
@@ -549,7 +552,7 @@ def test_the_picture_of_mllama_is_its_cross_attention_states():
     for c in cross: assert (run.residual(c + 1) == 1).all(), "two layers with one receiver are both there"
 
 
-# Loading --------------------------------------------------------------------------------------------------------------
+# Loading -------------------------------------------------------------------------------------------------------------
 
 def test_a_folder_loads_as_what_was_saved(saved, vlm):
     loaded = VLM.load(saved, device="cpu")
@@ -685,7 +688,7 @@ def test_what_is_no_query_or_no_edit_says_so(tmp_path):
         Query(None, "Is the {text} red?", {"text": "cup"})
 
 
-# Patches in any call ------------------------------------------------------------------------------------------------
+# Patches in any call -------------------------------------------------------------------------------------------------
 
 def inputs(vlm, queries): return vlm.encode(queries).to("cpu", vlm.model.dtype)
 
@@ -750,7 +753,7 @@ def test_patches_may_end_in_any_order(vlm):
     assert torch.equal(vlm.run(ask()).logits, plain) and not vlm._edits
 
 
-# The state a model is found in --------------------------------------------------------------------------------------
+# The state a model is found in ---------------------------------------------------------------------------------------
 
 def compiled_in_place(model): model.compile(backend="eager")
 def compiled_language_model(model): model.model.language_model.compile(backend="eager")
@@ -811,7 +814,7 @@ def test_runs_of_two_threads_do_not_meet(vlm):
     assert copy.deepcopy(vlm).run(queries[0]).logits.equal(vlm.run(queries[0]).logits)
 
 
-# What goes in, what comes out --------------------------------------------------------------------------------------
+# What goes in, what comes out ----------------------------------------------------------------------------------------
 
 def test_logits_that_are_not_finite_are_no_beliefs(tmp_path):
     half = VLM(*overflowing(), "half")
@@ -966,7 +969,7 @@ def test_a_function_that_returns_no_rows_says_so(vlm, function):
         with vlm.patch([("subject", torch.zeros(32))]): pass
 
 
-# Weights as they are now -------------------------------------------------------------------------------------------
+# Weights as they are now ---------------------------------------------------------------------------------------------
 
 def scaled(model): model.model.language_model.layers[1].self_attn.o_proj.weight.mul_(3)
 def one_neuron(model): model.model.language_model.layers[1].mlp.down_proj.weight[:, 5] = 0
@@ -1012,7 +1015,7 @@ def test_an_adapter_that_is_switched_off_is_another_model(saved):
     assert off != on == vlm.weight_hash
 
 
-# Found elsewhere ---------------------------------------------------------------------------------------------------
+# Found elsewhere -----------------------------------------------------------------------------------------------------
 
 VIDEO = [name for name, family in FAMILIES.items() if family.frames]
 
