@@ -133,10 +133,10 @@ class Continued(VLM):
         batch["input_ids"] = torch.cat([batch["input_ids"], prefix], 1)
         return batch
 
-    def _rows(self, query, group, ids):
+    def resolve_rows(self, query, group, ids):
         "Positions in the prompt; what lies behind it (a picture that enters by cross-attention) moves on."
         n = len(ids) - len(self.prefix)
-        return [row + len(self.prefix) * (row >= n) for row in self.vlm._rows(query, group, ids[:n])]
+        return [row + len(self.prefix) * (row >= n) for row in self.vlm.resolve_rows(query, group, ids[:n])]
 
 # %% ../nbs/05_depth.ipynb #d90ea657
 def along_strings(

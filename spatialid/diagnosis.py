@@ -843,7 +843,8 @@ def looks(
         with torch.inference_mode(), attention(vlm, "eager"):
             weights = vlm.model(**inputs, output_attentions=True, use_cache=False).attentions
         for b, i in enumerate(which):
-            words, image = (vlm._rows(queries[i], group, batch["input_ids"][b].cpu()) for group in (BOTH, "image"))
+            ids = batch["input_ids"][b].cpu()
+            words, image = (vlm.resolve_rows(queries[i], group, ids) for group in (BOTH, "image"))
             each = [_to_picture(vlm, weights[l - 1][b], words, image, l - 1) for l in layers]
             out[i] = torch.stack(each).float().cpu()
     return torch.stack(out)

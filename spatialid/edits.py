@@ -22,7 +22,8 @@ def at_place(
     grid, xy = torch.as_tensor(grid, dtype=torch.float64), torch.as_tensor(np.asarray(xy, dtype=float))
     cell = xy.floor().clamp(min=0).minimum(torch.tensor([grid.shape[1] - 2, len(grid) - 2])).long()
     (x, y), (fx, fy) = cell.unbind(-1), (xy - cell)[..., None].unbind(-2)
-    return (1 - fy) * ((1 - fx) * grid[y, x] + fx * grid[y, x + 1]) + fy * ((1 - fx) * grid[y + 1, x] + fx * grid[y + 1, x + 1])
+    upper, lower = ((1 - fx) * grid[row, x] + fx * grid[row, x + 1] for row in (y, y + 1))
+    return (1 - fy) * upper + fy * lower
 
 # %% ../nbs/lib/edits.ipynb #e48737e1
 def moves(
@@ -47,10 +48,12 @@ def pushing(
 ):
     "The edit that moves the rows of a group: use as `sweep(..., edits={name: (group, pushing(...))})`."
     def new(rows, layer, samples):
-        push = scaled(*find(layer, samples), rows, scale(layer, samples) if callable(scale) else scale, rule)
+        alpha = scale(layer, samples) if callable(scale) else scale
+        push = scaled(*find(layer, samples), rows, alpha, rule)
         if instead is not None:
             other = torch.as_tensor(instead(layer, samples)).to(push)
-            push = other * (push.norm(dim=-1, keepdim=True) / other.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(push.dtype).tiny))
+            length = other.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(push.dtype).tiny)
+            push = other * (push.norm(dim=-1, keepdim=True) / length)
         return rows + push
     return new
 
@@ -63,13 +66,14 @@ def gaussian(
     without=None, # function of the layer -> (k, d) orthonormal directions to leave out
 ): # function of (layer, samples) -> (b, P, d)
     "Standard normal directions, drawn afresh for every query, row and layer."
-    def find(layer, samples):
-        found = np.stack([rng(seed, "noise", draw, layer, i).standard_normal((rows, width)) for i in range(samples.start, samples.stop)])
+    def directions(layer, samples):
+        generators = [rng(seed, "noise", draw, layer, i) for i in range(samples.start, samples.stop)]
+        drawn = np.stack([g.standard_normal((rows, width)) for g in generators])
         if without is not None:
             basis = without(layer)
-            found -= found @ basis.T @ basis
-        return found
-    return find
+            drawn -= drawn @ basis.T @ basis
+        return drawn
+    return directions
 
 # %% ../nbs/lib/edits.ipynb #d3815a59
 BOTH = ("subject", "object")
@@ -81,9 +85,16 @@ def opposing(
     across:float=0.0, # row of left and right, column of above and below
 ) -> tuple: # to, origin: (B, 2, 2) cells of subject and object
     "Where a belief says that subject and object are, and the opposite (§A.5)."
-    place = lambda word: np.add(CORNERS[word], (across, 0) if word in ("above", "below") else (0, across))
-    origin = np.array([[place(b), place(next(a for a in q.answers if a != b))] for q, b in zip(queries, beliefs)], dtype=float)
+    places = [(_corner(belief, across), _corner(_other(query.answers, belief), across))
+              for query, belief in zip(queries, beliefs)]
+    origin = np.array(places, dtype=float)
     return origin[:, ::-1].copy(), origin
+
+def _other(answers, belief): return next(answer for answer in answers if answer != belief)
+
+def _corner(word, across):
+    "The cell of a word, at a row (of left and right) or column (of above and below)."
+    return np.add(CORNERS[word], (across, 0) if word in ("above", "below") else (0, across))
 
 def permuted_places(
     n:int, # queries
@@ -124,8 +135,10 @@ def steer_to(
     ValueError for another shape."""
     vector = torch.as_tensor(vector)
     if vector.ndim not in (1, 2):
-        raise ValueError(f"a steering vector is (width,) or (layers, width), not {tuple(vector.shape)}: see `add` for others")
-    def new(rows, layer, samples=slice(None)): return add(scale * (vector[layer - 1] if vector.ndim == 2 else vector))(rows)
+        raise ValueError(f"a steering vector is (width,) or (layers, width), not {tuple(vector.shape)}: see `add` for "
+                         "others")
+    def new(rows, layer, samples=slice(None)):
+        return add(scale * (vector[layer - 1] if vector.ndim == 2 else vector))(rows)
     return new
 
 def noise(

@@ -33,16 +33,22 @@ def fill(
         if form or conversion:
             raise ValueError(f"the template '{template}' formats its mark {{{mark}}}, but words go in as they are: "
                              f"write {{{mark}}}, and {{{{ or }}}} for a brace")
-        if mark in words and not isinstance(words[mark], str):
-            raise ValueError(f"the word for {{{mark}}} is a {type(words[mark]).__name__}: give text, as in 'cup'")
-        if not words.get(mark):
-            raise ValueError(f"the template '{template}' marks {{{mark}}} but there is no word for it: give words={{'{mark}': ...}}")
-        spans.setdefault(mark, []).append((len(text), len(text) + len(words[mark])))
-        text += words[mark]
-    for mark in words:
-        if mark not in spans:
-            raise ValueError(f"the template '{template}' has no mark {{{mark}}} for the word '{words[mark]}': write {{{mark}}} where it goes")
+        word = _word(template, mark, words)
+        spans.setdefault(mark, []).append((len(text), len(text) + len(word)))
+        text += word
+    if extra := [mark for mark in words if mark not in spans]:
+        raise ValueError(f"the template '{template}' has no mark {{{extra[0]}}} for the word '{words[extra[0]]}': "
+                         f"write {{{extra[0]}}} where it goes")
     return text, spans
+
+def _word(template, mark, words):
+    "The word for a mark. Raises ValueError for none and for what is no text."
+    word = words.get(mark, "")
+    if not isinstance(word, str):
+        raise ValueError(f"the word for {{{mark}}} is a {type(word).__name__}: give text, as in 'cup'")
+    if word: return word
+    raise ValueError(f"the template '{template}' marks {{{mark}}} but there is no word for it: "
+                     f"give words={{'{mark}': ...}}")
 
 # %% ../nbs/lib/query.ipynb #a1f0c006
 def ordered(items, what:str) -> tuple:
@@ -56,7 +62,9 @@ GROUPS = {"image", "video", "text", "objects", "answers", "last", "all"} # what 
 
 @dataclass(frozen=True, eq=False)
 class Query:
-    "A picture, a question with marked words, and the answers to compare. Raises ValueError when marks and words differ."
+    """A picture, a question with marked words, and the answers to compare.
+
+    Raises ValueError when marks and words differ."""
     image: object # PIL image, list of PIL frames (video), or None (text only)
     template: str # "Is the {subject} to the left or right of the {object}?"
     words: dict = field(default_factory=dict) # {"subject": "cup", "object": "star"}
@@ -70,14 +78,20 @@ class Query:
             raise ValueError(f"the answer {wrong[0]!r} is no word: give words, as in ('left', 'right')")
         object.__setattr__(self, "answers", answers)
         object.__setattr__(self, "image", turned(self.image))
-        if not all(self.answers): raise ValueError(f"one of the answers {self.answers} is empty: give words, as in ('left', 'right')")
+        if not all(self.answers):
+            raise ValueError(f"one of the answers {self.answers} is empty: give words, as in ('left', 'right')")
         fill(self.template, tuple(self.words.items()))
-        if taken := GROUPS & self.words.keys(): raise ValueError(f"{{{min(taken)}}} is the name of a group of positions ({', '.join(sorted(GROUPS))}): call the mark something else")
+        if taken := GROUPS & self.words.keys():
+            raise ValueError(f"{{{min(taken)}}} is the name of a group of positions ({', '.join(sorted(GROUPS))}): "
+                             "call the mark something else")
         if self.truth is not None and self.answers and self.truth not in self.answers:
             raise ValueError(f"truth is '{self.truth}', which is none of the answers {', '.join(self.answers)}")
 
     @property
-    def medium(self): return None if self.image is None else "video" if isinstance(self.image, (list, tuple)) else "image"
+    def medium(self):
+        "What comes with the question: None, 'image' or 'video'."
+        if self.image is None: return None
+        return "video" if isinstance(self.image, (list, tuple)) else "image"
 
     @property
     def text(self): return fill(self.template, tuple(self.words.items()))[0]
@@ -89,12 +103,16 @@ class Query:
 @patch
 def answer_spans(self:Query) -> list: # [(start, end), ...] in characters of the text, in the order of `answers`
     "Where the answers stand in the text as whole words. Raises ValueError when one does not."
-    marked, found = [span for spans in self.spans.values() for span in spans], []
-    for answer in self.answers:
-        places = [m.span() for m in re.finditer(rf"(?<!\w){re.escape(answer)}(?!\w)", self.text, re.I)]
-        places = [p for p in places if not any(a <= p[0] and p[1] <= b and (a, b) != p for a, b in marked)]
-        if not places:
-            raise ValueError(f"the answer '{answer}' is not a word of the query '{self.text}': name it in the template to use the group 'answers'")
-        found += places
-    if not found: raise ValueError(f"the query '{self.text}' has no answers: give answers=('left', 'right') to use the group 'answers'")
-    return found
+    marked = [span for spans in self.spans.values() for span in spans]
+    spans = [span for answer in self.answers for span in _places(answer, self.text, marked)]
+    if spans: return spans
+    raise ValueError(f"the query '{self.text}' has no answers: give answers=('left', 'right') to use the group "
+                     "'answers'")
+
+def _places(answer, text, marked):
+    "Where an answer is a whole word of a text and no part of a marked one. Raises ValueError where it is nowhere."
+    places = [m.span() for m in re.finditer(rf"(?<!\w){re.escape(answer)}(?!\w)", text, re.I)]
+    inside = {p for p in places for a, b in marked if a <= p[0] and p[1] <= b and (a, b) != p}
+    if free := [p for p in places if p not in inside]: return free
+    raise ValueError(f"the answer '{answer}' is not a word of the query '{text}': name it in the template to use the "
+                     "group 'answers'")

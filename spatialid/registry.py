@@ -49,7 +49,7 @@ def locate(
     if (folder / "config.json").is_file() or adapter_of(folder): return str(folder), folder
     if folder.is_dir():
         raise FileNotFoundError(f"the folder '{name}' has no config.json, so it is not a saved model ({_remedy()})")
-    if known := find_checkpoint(name): return known.id, None
+    if checkpoint := find_checkpoint(name): return checkpoint.id, None
     if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name): return name, None
     raise FileNotFoundError(f"no model is called '{name}' ({_remedy()})")
 
@@ -74,6 +74,7 @@ class Checkpoint:
             given, expected = ("{} with {} blocks of width {}".format(*shape) for shape in (given, expected))
             raise ValueError(f"the config of {self.id} says {given}, but it should be {expected}: "
                              f"{self.note or 'check the id and the revision'}")
+
 
 
 # %% ../nbs/lib/registry.ipynb #5c0e7a24
@@ -102,7 +103,7 @@ def find_checkpoint(
     name:str, # Hub id or alias
 ) -> Checkpoint|None:
     "The entry of `HUB`, or None."
-    return next((known for known in HUB if name in (known.id, known.alias)), None)
+    return next((checkpoint for checkpoint in HUB if name in (checkpoint.id, checkpoint.alias)), None)
 
 # %% ../nbs/lib/registry.ipynb #1e177b8a
 def whole_name(

@@ -75,9 +75,9 @@ def all_prompts() -> list:
 def prompts(n:int, # how many
             seed:int=0) -> list:
     "n of the prompts, drawn without replacement. Raises ValueError where there are not as many."
-    found = all_prompts()
-    if n > len(found): raise ValueError(f"there are {len(found):,} prompts, not {n:,}: ask for fewer")
-    return [found[i] for i in rng(seed, "prompts").permutation(len(found))[:n]]
+    every = all_prompts()
+    if n > len(every): raise ValueError(f"there are {len(every):,} prompts, not {n:,}: ask for fewer")
+    return [every[i] for i in rng(seed, "prompts").permutation(len(every))[:n]]
 
 # %% ../nbs/lib/replay.ipynb #f97d7452
 BATCH, TOP = 64, 16 # prompts answered at once; tokens whose probability is stored
@@ -121,15 +121,15 @@ def written(base, tokenizer, texts:list, # prompts as the chat template has them
     top, logp = likeliest(base, ids, mask, answer, TOP)
     ended = (answer == end).int()
     length = torch.where(ended.any(1), ended.argmax(1) + 1, words) # the end itself is a token of the answer
-    found = dict(prompt=ids.int(), begins=mask.sum(1).int(), answer=answer.int(), length=length.int(), top=top.int(),
-                 logp=logp.half())
-    return {name: value.cpu() for name, value in found.items()}
+    stored = dict(prompt=ids.int(), begins=mask.sum(1).int(), answer=answer.int(), length=length.int(), top=top.int(),
+                  logp=logp.half())
+    return {name: value.cpu() for name, value in stored.items()}
 
 
 def as_chat(tokenizer, text:str) -> str:
     "A prompt as the chat template has it, ready to be answered."
-    said = [{"role": "user", "content": [{"type": "text", "text": text}]}]
-    return tokenizer.apply_chat_template(said, add_generation_prompt=True, tokenize=False)
+    messages = [{"role": "user", "content": [{"type": "text", "text": text}]}]
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
 
 
 def write_replay(path:Path, base, tokenizer, n:int, words:int, seed:int, key:str) -> Path:

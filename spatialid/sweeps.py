@@ -554,8 +554,7 @@ def _fast(vlm, base, source, edits, layers, memory, progress):
         runs = Batch(samples, vlm.clean(batch), vlm.clean(other) if source else None)
         yield _BASE, None, samples, runs.base.logits
         if source: yield _SOURCE, None, samples, runs.source.logits
-        groups = {name: [vlm._rows(q, group, i) for q, i in zip(base[samples], tokens)]
-                  for name, (group, _) in edits.items()}
+        groups = {name: [vlm.resolve_rows(q, group, i[r]) for q, i, r in zip(base[samples], ids, real)] for name, (group, _) in edits.items()}
         for cells in _waves(_plan(vlm, runs, edits, groups, layers), vlm, memory):
             for keys, logits in vlm.resume(cells, int(memory / 64)):
                 for (name, layer), found in zip(keys, logits): yield name, layer, samples, found
@@ -644,7 +643,7 @@ def _plain(vlm, base, source, edits, layers, memory, progress):
     "A forward pass with hooks for each cell, queries of a shape together: yields (name, layer, samples, logits)."
     def shape(i):
         ids = vlm.encode([base[i]])["input_ids"][0]
-        return len(ids), *[len(vlm._rows(base[i], group, ids)) for group, _ in edits.values()]
+        return len(ids), *[len(vlm.resolve_rows(base[i], group, ids)) for group, _ in edits.values()]
     for _, found in tqdm(groupby(range(len(base)), shape), desc="sweep", disable=not progress):
         found = [*found]
         for i in range(0, len(found), 32):

@@ -16,6 +16,7 @@ import av
 import numpy as np
 from fastcore.basics import patch
 from PIL import Image
+
 from .pictures import as_seen
 from .query import Query
 from .questions import BEFORE_AFTER, QUESTIONS, VIDEO_KINDS
@@ -46,14 +47,17 @@ class Video:
     def things(self, frame:int) -> tuple:
         "Every thing, where it is or would be in a frame."
         t = (frame - 1) / max(1, self.n_frames - 1)
-        return tuple(replace(o, x=o.x + t * dx, y=o.y + t * dy) for o in self.scene.things for dx, dy in [self.moves.get(o.name, (0, 0))])
+        paths = [(thing, *self.moves.get(thing.name, (0, 0))) for thing in self.scene.things]
+        return tuple(replace(thing, x=thing.x + t * dx, y=thing.y + t * dy) for thing, dx, dy in paths)
     def lasting(self) -> tuple:
         "Every thing, where it is in the last frame that shows it."
-        return tuple(o for k, name in enumerate(t.name for t in self.scene.things) for o in [self.things(self.vanishes.get(name, self.n_frames + 1) - 1)[k]])
+        last = [self.vanishes.get(thing.name, self.n_frames + 1) - 1 for thing in self.scene.things]
+        return tuple(self.things(frame)[k] for k, frame in enumerate(last))
     def canvases(self) -> list:
         "(pixels, box of each thing shown) of every frame, as `Scene.canvas`."
         backdrop = self.scene.backdrop()
-        return [replace(self.scene, things=self.things(f)).canvas(self.shown(f), backdrop.copy()) for f in range(1, self.n_frames + 1)]
+        scenes = [(f, replace(self.scene, things=self.things(f))) for f in range(1, self.n_frames + 1)]
+        return [scene.canvas(self.shown(f), backdrop.copy()) for f, scene in scenes]
     def frames(self) -> list:
         "The frames, RGB pictures."
         return [Image.fromarray(c.astype(np.uint8)) for c, _ in self.canvases()]
@@ -64,8 +68,10 @@ def query(self:Video, subject:str, object:str, template:str=BEFORE_AFTER) -> Que
     "Whether one thing appears before or after another. Raises KeyError for a thing that is not in the scene."
     for name in (subject, object):
         if name not in self.appears: raise KeyError(f"no {name!r} in this video; there are: {', '.join(self.appears)}")
-    return Query(self.frames(), template, dict(subject=subject, object=object), ("before", "after"),
-                 "before" if self.appears[subject] < self.appears[object] else "after", "before_after")
+    words, truth = dict(subject=subject, object=object), _order(self, subject, object)
+    return Query(self.frames(), template, words, ("before", "after"), truth, "before_after")
+
+def _order(video, subject, object): return "before" if video.appears[subject] < video.appears[object] else "after"
 
 @patch
 def ask(self:Video,
@@ -78,9 +84,9 @@ def ask(self:Video,
     Left and right are asked of things that are there at the end and on the same side of each other in the first and the
     last frame."""
     names = [self.scene.things[i].name for i in g.permutation(len(self.scene.things))]
-    asked = _ASK_VIDEO[kind](self, names, g)
-    if not asked: return None
-    *words, truth = asked[0]
+    candidates = _ASK_VIDEO[kind](self, names, g)
+    if not candidates: return None
+    *words, truth = candidates[0]
     wording = QUESTIONS[kind]
     template, answers = wording.template, wording.answers
     if wording.swapped and g.random() < .5: template, answers = wording.swapped, answers[::-1]
@@ -93,13 +99,12 @@ def _sides(video, names, g):
         pairs = permutations(video.things(frame), 2)
         return {(s.name, o.name): relation("left_right", s, o) for s, o in pairs}
     first, last, end = sides(1), sides(video.n_frames), video.shown(video.n_frames)
-    steady = [pair for pair in permutations(names, 2) if {*pair} <= {*end} and first[pair] and first[pair] == last[pair]]
-    return [(*pair, first[pair]) for pair in steady]
+    there = [pair for pair in permutations(names, 2) if {*pair} <= {*end}]
+    return [(*pair, first[pair]) for pair in there if first[pair] and first[pair] == last[pair]]
 
 def _orders(video, names, g):
     "(subject, object, order) of every pair."
-    at = video.appears
-    return [(s, o, "before" if at[s] < at[o] else "after") for s, o in permutations(names, 2)]
+    return [(*pair, _order(video, *pair)) for pair in permutations(names, 2)]
 
 def _ends(video, names, g):
     "The thing that appears first, or the one that appears last."
@@ -122,13 +127,17 @@ def queries(self:Video, frames:bool=True, # draw them into each query (False: te
 
 # %% ../nbs/lib/videos.ipynb #b0bb28dd
 class Videos:
-    "A lazy sequence of videos over free scenes: every thing appears at a frame of its own; item i depends on the seed of the scenes and i alone."
+    """A lazy sequence of videos over free scenes, in which every thing appears at a frame of its own.
+
+    Item i depends on the seed of the scenes and i alone."""
     def __init__(self,
                  scenes:FreeScenes,
                  frames:int=8,
-                 vanish:float=0., # share of the things that are gone again later (of those that appear before the last frame)
+                 vanish:float=0., # share of the things that are gone again later; one of the last frame stays
                  move:float=0.): # share of the things that drift
-        if scenes.things[1] > frames: raise ValueError(f"{scenes.things[1]} things need as many frames, not {frames}: ask for more frames or fewer things")
+        if scenes.things[1] > frames:
+            raise ValueError(f"{scenes.things[1]} things need as many frames, not {frames}: ask for more frames or "
+                             "fewer things")
         self.scenes, self.n_frames, self.vanish, self.move = scenes, frames, vanish, move
     def __len__(self): return len(self.scenes)
     def __getitem__(self, i):
@@ -137,7 +146,8 @@ class Videos:
         vanishes, moves = {}, {}
         for o in scene.things:
             u, v, w = g.random(3)
-            if u < self.vanish and at[o.name] < self.n_frames: vanishes[o.name] = at[o.name] + 1 + int(w * (self.n_frames - at[o.name]))
+            if u < self.vanish and (left := self.n_frames - at[o.name]) > 0: # frames after the one it appears in
+                vanishes[o.name] = at[o.name] + 1 + int(w * left)
             if v < self.move: # to where it still is in the picture
                 x, y = np.clip(np.array([o.x, o.y]) + g.uniform(-.5, .5, 2), o.size / 2, 1 - o.size / 2)
                 moves[o.name] = (float(x - o.x), float(y - o.y))
@@ -146,7 +156,9 @@ class Videos:
 # %% ../nbs/lib/videos.ipynb #9510b830
 @dataclass(frozen=True)
 class GridVideo:
-    "One video of the extraction set: `b` appears at frame `b_cell[0] + 1` and place `b_cell[1]`, and is asked about; `a` is the reference."
+    """One video of the extraction set: `b` is the subject, `a` the reference.
+
+    `b` appears at frame `b_cell[0] + 1` and place `b_cell[1]`."""
     a: str
     b: str
     a_cell: tuple # (frame − 1, place from the left)
@@ -157,10 +169,13 @@ class GridVideo:
 
     def video(self) -> Video:
         "Both objects at half height, each in its third of the picture."
-        s = self.source
-        colour = s.scenes.objects.colour
-        things = tuple(Thing(name, colour(name), (x + .5) / s.shape[0], .5, self.size / s.scenes.px, 2., True) for name, (_, x) in ((self.a, self.a_cell), (self.b, self.b_cell)))
-        return Video(Scene(things, .3, self.index, s.scenes), {self.a: self.a_cell[0] + 1, self.b: self.b_cell[0] + 1}, s.shape[1])
+        s, cells = self.source, {self.a: self.a_cell, self.b: self.b_cell}
+        places, n_frames = s.shape
+        colour, size = s.scenes.objects.colour, self.size / s.scenes.px
+        things = tuple(Thing(name, colour(name), (x + .5) / places, .5, size, 2., True)
+                       for name, (_, x) in cells.items())
+        appears = {name: frame + 1 for name, (frame, _) in cells.items()}
+        return Video(Scene(things, .3, self.index, s.scenes), appears, n_frames)
     def image(self) -> Image.Image:
         "The frames side by side."
         return Image.fromarray(np.concatenate([np.asarray(frame) for frame in self.video().frames()], 1))
@@ -170,7 +185,9 @@ class GridVideo:
 
 # %% ../nbs/lib/videos.ipynb #12ec907c
 class GridVideos:
-    "The extraction set in time as a lazy sequence of `GridVideo`, pair by pair. A reference in every frame, its place going round; b in every other frame and place."
+    """The extraction set in time as a lazy sequence of `GridVideo`, pair by pair.
+
+    A reference in every frame, its place going round; b in every other frame and place."""
     def __init__(self,
         pairs:list, # [(a, b), …]: a is the reference, b is asked about
         n_frames:int=8,
@@ -183,7 +200,8 @@ class GridVideos:
         self.pairs, self.shape, self.size = [tuple(p) for p in pairs], (places, n_frames), round(size * px)
         self.scenes = FreeScenes(10**12, seed=f"{seed}/grid videos", px=px, **world)
         cells = [(f, x) for x in range(places) for f in range(n_frames)]
-        self.cells = [((f, (f + turn) % places), b) for turn in range(places) for f in range(n_frames) for b in cells if b[0] != f and b[1] != (f + turn) % places]
+        references = [(f, (f + turn) % places) for turn in range(places) for f in range(n_frames)]
+        self.cells = [(a, b) for a in references for b in cells if b[0] != a[0] and b[1] != a[1]]
     def __len__(self): return len(self.pairs) * len(self.cells) // self.shape[0]
     def __getitem__(self, i):
         if not 0 <= i < len(self): raise IndexError(i)
@@ -193,7 +211,19 @@ class GridVideos:
         return GridVideo(*self.pairs[pair], a, b, self.size, i, self)
     def describe(self) -> dict:
         "What determines every video, for provenance."
-        return dict(pairs=len(self.pairs), objects=sorted({n for p in self.pairs for n in p}), frames=self.shape[1], places=self.shape[0], px=self.scenes.px, size=self.size, seed=self.scenes.seed)
+        places, n_frames = self.shape
+        objects = sorted({name for pair in self.pairs for name in pair})
+        return dict(pairs=len(self.pairs), objects=objects, frames=n_frames, places=places, px=self.scenes.px,
+                    size=self.size, seed=self.scenes.seed)
+
+# %% ../nbs/lib/videos.ipynb #832587c3
+@patch
+def changes(self:Video,
+    frame:int, # 1 is the first
+) -> str: # a line for each: "+ cup", "− star"
+    "What appears in a frame and what is gone from it."
+    new = [f"+ {name}" for name, first in self.appears.items() if first == frame]
+    return "\n".join(new + [f"− {name}" for name, gone in self.vanishes.items() if gone == frame])
 
 # %% ../nbs/lib/videos.ipynb #594c0d4b
 _CRF = 8 # of x264: 0 is lossless, 23 its default
@@ -202,14 +232,19 @@ def write_video(path:str|Path, # .mp4
                 frames:list, # PIL pictures of one size
                 fps:float=2., # frames a second
                 ) -> Path:
-    "Write frames as an H.264 mp4. Odd sides grow by one pixel (the edge, repeated). ValueError for no frames, frames of several sizes, or no rate."
-    frames = [as_seen(f) for f in frames]
-    sizes = sorted({f.size for f in frames})
-    if len(sizes) != 1: raise ValueError(f"a video needs frames of one size, not {len(frames)} frames of sizes {sizes}: resize them to the same size first")
+    """Write frames as an H.264 mp4. Odd sides grow by one pixel (the edge, repeated).
+
+    ValueError for no frames, frames of several sizes, or no rate."""
+    frames = [as_seen(frame) for frame in frames]
+    sizes = sorted({frame.size for frame in frames})
+    if len(sizes) != 1:
+        raise ValueError(f"a video needs frames of one size, not {len(frames)} frames of sizes {sizes}: resize them to "
+                         "the same size first")
     if not fps > 0: raise ValueError(f"fps must be above 0 frames a second, not {fps}")
     (w, h), out = sizes[0], BytesIO()
     with av.open(out, "w", format="mp4") as file:
-        stream = file.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options=dict(crf=str(_CRF)))
+        rate = Fraction(fps).limit_denominator(1001)
+        stream = file.add_stream("libx264", rate=rate, options=dict(crf=str(_CRF)))
         stream.width, stream.height, stream.pix_fmt = w + w % 2, h + h % 2, "yuv420p"
         for f in frames:
             even = np.pad(np.asarray(f), ((0, h % 2), (0, w % 2), (0, 0)), mode="edge")
@@ -219,7 +254,7 @@ def write_video(path:str|Path, # .mp4
 
 # %% ../nbs/lib/videos.ipynb #863bb13f
 def _decode(path, keep):
-    "The frames whose numbers are in `keep`, {number: (picture, seconds)}; how many frames there are; the duration in seconds."
+    "The frames numbered in `keep`, {number: (picture, seconds)}; how many frames there are; the duration in seconds."
     kept, k, t, start = {}, -1, 0., 0.
     with av.open(str(path)) as file:
         stream = file.streams.video[0]
@@ -234,25 +269,31 @@ def _decode(path, keep):
 def read_video(path:str|Path, # anything FFmpeg decodes
                n_frames:int=8,
                ) -> tuple: # the frames (RGB PIL), their times in seconds, the duration in seconds
-    "Frames uniformly sampled from a video. FileNotFoundError for a missing file, ValueError for one that cannot be decoded."
+    """Frames uniformly sampled from a video.
+
+    FileNotFoundError for a missing file, ValueError for one that cannot be decoded."""
     if n_frames < 1: raise ValueError(f"n_frames must be at least 1, not {n_frames}")
     if not Path(path).is_file(): raise FileNotFoundError(f"no video {str(path)!r}: give the path of a video file")
     sample = lambda total: np.linspace(0, total - 1, n_frames).astype(int).tolist()
     try:
         with av.open(str(path)) as file: claimed = file.streams.video[0].frames
-        kept, found, duration = _decode(path, sample(claimed))
-        if found != claimed: kept, found, duration = _decode(path, sample(found))
-    except (av.error.FFmpegError, IndexError) as e: raise ValueError(f"cannot decode {str(path)!r} ({e}): the file is no video, or damaged; fetch or write it again") from e
-    if not found: raise ValueError(f"{str(path)!r} holds no frame: fetch or write it again")
-    return *map(list, zip(*(kept[k] for k in sample(found)))), duration
+        kept, total, duration = _decode(path, sample(claimed))
+        if total != claimed: kept, total, duration = _decode(path, sample(total))
+    except (av.error.FFmpegError, IndexError) as e:
+        raise ValueError(f"cannot decode {str(path)!r} ({e}): the file is no video, or damaged; fetch or write it "
+                         "again") from e
+    if not total: raise ValueError(f"{str(path)!r} holds no frame: fetch or write it again")
+    frames, seconds = zip(*(kept[k] for k in sample(total)))
+    return list(frames), list(seconds), duration
 
 # %% ../nbs/lib/videos.ipynb #58af9a33
-STAMPS = ("The video lasts for {duration:.2f} seconds, and {n} frames are uniformly sampled from it. These frames are located at {times}. "
-          "Please answer the following questions related to this video.")
+STAMPS = ("The video lasts for {duration:.2f} seconds, and {n} frames are uniformly sampled from it. "
+          "These frames are located at {times}. Please answer the following questions related to this video.")
 
 def stamped(question:str, # or a template
             seconds:list, # of each frame
             duration:float, # of the video, seconds
             ) -> str:
     "The question with LLaVA-Video's sentence about the time of each frame before it."
-    return STAMPS.format(duration=duration, n=len(seconds), times=",".join(f"{t:.2f}s" for t in seconds)) + "\n" + question
+    times = ",".join(f"{t:.2f}s" for t in seconds)
+    return STAMPS.format(duration=duration, n=len(seconds), times=times) + "\n" + question

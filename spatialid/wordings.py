@@ -150,8 +150,8 @@ def sentence(kind:str, # of relation
     "A relation of two things as a sentence."
     truth = relation(kind, s, o)
     if not truth: return ""
-    said = f"{_IS[truth]} the {o.name}"
-    return f"{said[0].upper()}{said[1:]} is the {s.name}." if first else f"The {s.name} is {said}."
+    where = f"{_IS[truth]} the {o.name}"
+    return f"{where[0].upper()}{where[1:]} is the {s.name}." if first else f"The {s.name} is {where}."
 
 
 def caption(scene:Scene,
@@ -164,5 +164,5 @@ def caption(scene:Scene,
     seen = listed([f"{what} {_AT.get(at, 'at the')} {at}" for what, at in zip(look, where)])
     kinds = [("left_right", "above_below", "front_behind", "near_far")[i] for i in g.permutation(4)]
     first = g.random() < .5
-    clear = [said for kind in kinds if (said := sentence(kind, *things[:2], first))]
+    clear = [phrase for kind in kinds if (phrase := sentence(kind, *things[:2], first))]
     return " ".join([f"There is {seen}.", *clear[:1]])

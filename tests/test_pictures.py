@@ -1,6 +1,7 @@
 "A picture is what a viewer shows, wherever it comes from."
 from io import BytesIO
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from PIL import Image
@@ -10,7 +11,7 @@ from spatialid.videos import read_video, write_video
 from spatialid.hooks import VLM
 from spatialid.query import Query
 from spatialid.mirror_swap import recolour
-from spatialid.pictures import as_seen, eight_bits
+from spatialid.pictures import as_seen, eight_bits, show_pictures
 from tiny import tiny_llava
 
 WHITE, RED, BLUE = (255, 255, 255), (255, 0, 0), (0, 0, 255)
@@ -105,3 +106,13 @@ def test_a_model_is_given_what_a_viewer_shows():
     vlm = VLM(*tiny_llava())
     logits = lambda image: vlm.run(Query(image, "Is it red?", {}, ("yes", "no"))).logits
     assert (logits(lying) == logits(seen)).all()
+
+
+def test_pictures_are_shown_side_by_side_with_their_titles():
+    pictures = {"red": Image.new("RGB", (4, 4), RED), "blue": np.full((4, 4, 3), BLUE, np.uint8)}
+    fig, axes = show_pictures(pictures.values(), pictures.keys(), "two", size=(3, 1))
+    assert [ax.get_title() for ax in axes] == ["red", "blue"] and tuple(fig.get_size_inches()) == (3, 1)
+    for ax, colour in zip(axes, (RED, BLUE)): assert (np.asarray(ax.images[0].get_array()) == colour).all()
+    plt.close(fig)
+    with pytest.raises(ValueError): show_pictures(pictures.values(), ["one title for two"])
+    plt.close("all")
