@@ -344,7 +344,7 @@ def recomputed(
     T = batch["input_ids"].shape[1]
     for name, group in groups.items():
         edited = torch.zeros(1, T + (vlm.cross_rows if vlm.family.cross else 0), dtype=torch.bool)
-        edited[0, vlm._rows(base, group, batch["input_ids"][0])] = True
+        edited[0, vlm.resolve_rows(base, group, batch["input_ids"][0])] = True
         ways = runs.resumptions(edited, True)
         _, run, S = next(way for way in ways if way[0] <= vlm.n_layers // 2)
         found[name] = Recomputed(edited[0], run is runs.source, S)
@@ -554,7 +554,8 @@ def _fast(vlm, base, source, edits, layers, memory, progress):
         runs = Batch(samples, vlm.clean(batch), vlm.clean(other) if source else None)
         yield _BASE, None, samples, runs.base.logits
         if source: yield _SOURCE, None, samples, runs.source.logits
-        groups = {name: [vlm.resolve_rows(q, group, i[r]) for q, i, r in zip(base[samples], ids, real)] for name, (group, _) in edits.items()}
+        groups = {name: [vlm.resolve_rows(q, group, i) for q, i in zip(base[samples], tokens)]
+                  for name, (group, _) in edits.items()}
         for cells in _waves(_plan(vlm, runs, edits, groups, layers), vlm, memory):
             for keys, logits in vlm.resume(cells, int(memory / 64)):
                 for (name, layer), found in zip(keys, logits): yield name, layer, samples, found
