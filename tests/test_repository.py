@@ -1,6 +1,7 @@
 "The repository agrees with itself: configurations, generated files, notebooks, site."
 import hashlib
 import json
+import multiprocessing
 import os
 import re
 import shutil
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from nbdev.test import test_nb
 
 import check_site
 import make_docs
@@ -393,15 +395,40 @@ FEWER = {"00_sweeps": {"n_scenes": 12, "n_exact": 1}, "10_organisms": {"n_scenes
 ELSEWHERE = ("08_temporal",)  # tests/test_temporal.py runs it on the bundled model, on other families, on files
 
 
+LIBRARY = [path for path in NOTEBOOKS if path.parent.name == "lib"]
+STORY = [path for path in NOTEBOOKS if path not in LIBRARY]
+
+
+def outcome_of(path, to): to.put(test_nb(path)[0])
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("path", [p for p in NOTEBOOKS if p.stem not in ELSEWHERE], ids=lambda p: p.stem)
-def test_notebook_runs(path, tmp_path, monkeypatch):
-    """In a kernel of its own, on the bundled model, from top to bottom.
+@pytest.mark.parametrize("path", LIBRARY, ids=lambda p: p.stem)
+def test_library_notebook_runs(path, tmp_path, monkeypatch):
+    """As `nbdev-test` runs it, in a process that is forked from this one, which has torch already.
 
     Results go to a temporary folder that starts as a copy of the committed one."""
-    from spatialid import runner
+    copy_results(tmp_path, monkeypatch)
+    fork = multiprocessing.get_context("fork")
+    ended = fork.SimpleQueue()
+    process = fork.Process(target=outcome_of, args=(path, ended))
+    process.start()
+    process.join()
+    assert process.exitcode == 0 and ended.get() is True
+
+
+def copy_results(to, monkeypatch):
+    "Results are read from and written to a copy of the committed ones."
     monkeypatch.delenv("SPATIALID_NOTEBOOKS", raising=False)
     monkeypatch.chdir(ROOT)
-    shutil.copytree(ROOT/"results", tmp_path/"results", ignore=shutil.ignore_patterns(".runs"), dirs_exist_ok=True)
+    shutil.copytree(ROOT/"results", to/"results", ignore=shutil.ignore_patterns(".runs"), dirs_exist_ok=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", [p for p in STORY if p.stem not in ELSEWHERE], ids=lambda p: p.stem)
+def test_notebook_runs(path, tmp_path, monkeypatch):
+    "In a kernel of its own, on the bundled model, from top to bottom."
+    from spatialid import runner
+    copy_results(tmp_path, monkeypatch)
     names = runner.parameters_of(path)
     runner.run_notebook(path, **({"quick": True} if "quick" in names else FEWER.get(path.stem, {})))
