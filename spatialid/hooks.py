@@ -83,7 +83,7 @@ class VLM:
         frames = getattr(processor, "video_processor", None)
         if isinstance(frames, Frames): frames.family = model.config.model_type
         if self.tokenizer.pad_token is None: self.tokenizer.pad_token = self.tokenizer.eos_token
-        self._edits, self._known = [], {}
+        self._edits, self._cached = [], {}
         self._turn = Turn()
         self._loaded, self._hash = None, {} # mark of the weights as they were loaded; {mark: hash}
 
@@ -130,16 +130,16 @@ class VLM:
         "How many rows a picture has behind the last token: none where it is among the tokens."
         return self.family.cross_rows(self.model.config)
 
-    def known(self, what, make):
+    def cached(self, what, make):
         "What `make` returns, computed once for each `what`: thousands of pictures share few questions."
         template, tokenizer = self.processor.chat_template, self.tokenizer
         if isinstance(template, dict): template = str(template)
         prompts = template, tokenizer, len(tokenizer), tokenizer.bos_token
-        if len(self._known) > 4096 or self._known.get("prompts") != prompts: # else it was of other prompts
-            self._known.clear()
-            self._known["prompts"] = prompts
-        if what not in self._known: self._known[what] = make()
-        return self._known[what]
+        if len(self._cached) > 4096 or self._cached.get("prompts") != prompts: # else it was of other prompts
+            self._cached.clear()
+            self._cached["prompts"] = prompts
+        if what not in self._cached: self._cached[what] = make()
+        return self._cached[what]
 
     def __repr__(self):
         kind = f"{self.family.title} organism" if self.organism else self.family.title
@@ -211,7 +211,7 @@ def _layout(self:VLM, template, words, medium):
 def layout(self:VLM, query:Query) -> Layout:
     "The prompt of a query and the places of its words."
     key = query.template, tuple(query.words.items()), query.medium
-    return self.known(key, lambda: self._layout(*key))
+    return self.cached(key, lambda: self._layout(*key))
 
 # %% ../nbs/00_hooks.ipynb #eb06cca8
 @patch
@@ -411,7 +411,7 @@ def _starts(self:VLM, end, word):
 def answer_ids(self:VLM, query:Query) -> list: # [[id, ...], ...]
     "The token ids that stand for each answer of a query. Raises ValueError when answers cannot be told apart."
     key = self.layout(query).prompt[-16:], query.answers
-    return self.known(key, lambda: self._answer_ids(*key))
+    return self.cached(key, lambda: self._answer_ids(*key))
 
 # %% ../nbs/00_hooks.ipynb #fef017cb
 def _hook(rows, edits, kept, layer, stream):
@@ -815,10 +815,10 @@ def begin(self:Prompts,
                          "inputs_embeds")
     pads, queries = _pads(call.get("attention_mask"), len(ids)), self.vlm._turn.queries or [None] * len(ids)
     texts = [tuple(row[pad:]) for row, pad in zip(ids.tolist(), pads)]
-    found = [self._find(b, text, query) for b, (text, query) in enumerate(zip(texts, queries))]
-    self.here.last = dict(zip(texts, found))
+    rows = [self._find(b, text, query) for b, (text, query) in enumerate(zip(texts, queries))]
+    self.here.last = dict(zip(texts, rows))
     self.remember(cache)
-    return [*zip(pads, found)]
+    return [*zip(pads, rows)]
 
 @patch
 def remember(self:Prompts, *caches):
@@ -838,8 +838,8 @@ def _call_hooks(self:VLM, edits, prompts):
     here = prompts.here
     def begin(module, args, kwargs):
         here.hooks, here.read = [], False
-        if self._turn.queries or (found := prompts.begin(args, kwargs)) is None: return
-        changes = {layer: [self._change(found, k, layer, *edit)] for k, (layer, edit) in enumerate(edits.items())}
+        if self._turn.queries or (places := prompts.begin(args, kwargs)) is None: return
+        changes = {layer: [self._change(places, k, layer, *edit)] for k, (layer, edit) in enumerate(edits.items())}
         receivers, stream = self._receivers({*edits}, kwargs.get("pixel_values") is not None)
         here.read = True
         for layer, module in receivers.items():
@@ -851,9 +851,9 @@ def _call_hooks(self:VLM, edits, prompts):
     return begin, end
 
 @patch
-def _change(self:VLM, found, k, layer, group, new):
-    "(rows, new) of the k-th group in a call whose prompts are `found`; the rows of a query serve all its beams."
-    rows = [(pad + torch.tensor(groups[k])).tolist() for pad, groups in found]
+def _change(self:VLM, places, k, layer, group, new):
+    "(rows, new) of the k-th group in a call, `places` as from `Prompts.begin`; rows of a query serve all its beams."
+    rows = [(pad + torch.tensor(groups[k])).tolist() for pad, groups in places]
     _same_length(rows, group, "prompts", "call the model with those of one length")
     where = torch.tensor(rows, device=self.device)
     if isinstance(new, Run): new = new.residual(layer, group)
@@ -1120,9 +1120,9 @@ def _prompts(vlm, queries, groups):
         raise ValueError(f"the picture has no tokens in {vlm.family.title}, so only words can be steered")
     return prompts
 
-def _index(found, g):
+def _index(places, g):
     "Batch indices and rows of the g-th group, for prompts [(padding, rows of each group)]."
-    pairs = [(b, pad + row) for b, (pad, rows) in enumerate(found) for row in rows[g]]
+    pairs = [(b, pad + row) for b, (pad, rows) in enumerate(places) for row in rows[g]]
     return torch.tensor([b for b, _ in pairs]), torch.tensor([row for _, row in pairs])
 
 # %% ../nbs/00_hooks.ipynb #20692f36
@@ -1130,8 +1130,8 @@ def _hooks(prompts, ends, scale, rule):
     "Hooks for the start and the end of a call of the model, and for the module that receives the layer."
     here = prompts.here # each thread has a call of its own
     def begin(module, args, kwargs):
-        found = prompts.begin(args, kwargs)
-        here.where = () if found is None else [_index(found, g) for g in range(len(ends))]
+        places = prompts.begin(args, kwargs)
+        here.where = () if places is None else [_index(places, g) for g in range(len(ends))]
     def end(module, args, out):
         if getattr(here, "where", None): prompts.end(out)
         here.where = None

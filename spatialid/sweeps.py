@@ -537,10 +537,10 @@ def _truths(queries):
 # %% ../nbs/00_sweeps.ipynb #154dd382
 def _say_plain(vlm):
     "Say once per model that its sweeps are not resumed."
-    if ("plain",) not in vlm._known:
+    if ("plain",) not in vlm._cached:
         warnings.warn(f"{vlm.family.title} is not resumed from cached runs: "
                       "every cell of a sweep is a whole forward pass", stacklevel=3)
-    vlm.known(("plain",), lambda: True)
+    vlm.cached(("plain",), lambda: True)
 
 def _fast(vlm, base, source, edits, layers, memory, progress):
     "Resume the cells of as many queries at a time as fit the memory: yields (name, layer, samples, logits)."

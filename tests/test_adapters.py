@@ -192,10 +192,10 @@ def test_no_cache_is_one_sentence(smol, monkeypatch, trouble):
     shutil.rmtree(smol["cache"])
     if trouble == "full": monkeypatch.setattr(hf.LlavaForConditionalGeneration, "save_pretrained", full_disk)
     else: smol["cache"].write_text("a file, where no folder can be made")
-    with warnings.catch_warnings(record=True) as said:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         vlm = VLM.load(str(smol["folder"]), dtype="float64")
-    mine = [str(w.message) for w in said if "SPATIALID_CACHE" in str(w.message)]
+    mine = [str(w.message) for w in caught if "SPATIALID_CACHE" in str(w.message)]
     assert len(mine) == 1 and "was not kept" in mine[0] and "\n" not in mine[0]
     assert torch.allclose(logits(vlm).float(), right, atol=1e-5) and vlm.model.dtype == torch.float64
     assert trouble != "full" or not [p for p in smol["cache"].iterdir() if p.is_dir()]
