@@ -92,7 +92,7 @@ def spellings(
     if not answers or any(q.answers != answers for q in queries):
         raise ValueError("score questions with the same answers, in the same order, together")
     for ending in {vlm.layout(q).prompt[-16:] for q in queries}:
-        strings = vlm.known(("spellings", ending, answers), partial(_spellings, vlm, ending, answers))
+        strings = vlm.cached(("spellings", ending, answers), partial(_spellings, vlm, ending, answers))
         found[str(strings)] = strings
     if len(found) != 1:
         raise ValueError("these questions end in ways after which the answers are written differently: "
@@ -116,7 +116,7 @@ class Continued(VLM):
         super().__init__(vlm.model, vlm.processor, vlm.name, vlm.organism, vlm.revision, vlm.folder)
         self.vlm, self.prefix = vlm, tuple(prefix)
         self.options = list(options)
-        self._edits, self._known = vlm._edits, vlm._known # the same model: what is patched or known there is so here
+        self._edits, self._cached = vlm._edits, vlm._cached # the same model: what is patched or cached there is so here
         self._turn = vlm._turn
 
     def answer_ids(self, query): return [[token] for token in self.options]

@@ -7,16 +7,16 @@ __all__ = ['SIDES', 'RADIUS', 'STAGES', 'TOLERANCE', 'LITTLE', 'VERDICTS', 'PLAC
            'CALIBRATION', 'TEST', 'HEADS', 'INJECTED', 'REPAIR_COLUMNS', 'Cases', 'cases', 'cell_of', 'released_ids',
            'Readings', 'right_answers', 'slot_means', 'without_picture', 'read_ids', 'towards_truth', 'standardised',
            'margins', 'not_judged', 'rank_biserial', 'compare', 'compare_all', 'pixels', 'disjoint_boxes', 'blurred',
-           'masked_queries', 'mask_log_probs', 'sensitivities', 'of_answer', 'fig8b_measures', 'cross_blocks',
-           'image_mask', 'called_with', 'image_tokens', 'token_places', 'things_in', 'token_labels', 'linear_scores',
-           'folds_of', 'locate_in_tokens', 'probed', 'answered', 'evidence', 'losses', 'resampled_losses',
-           'beyond_tolerance', 'decide', 'verdict', 'diagnose', 'damaged', 'noised', 'stage_weights', 'shielded',
-           'lesion', 'quick_ids', 'packed', 'unpacked', 'quick_evidence', 'lesion_evidence', 'with_losses',
-           'calibrated', 'confusion_of', 'judged', 'looks', 'looking_heads', 'heads_off', 'at_norm', 'correcting',
-           'words_alone', 'paired', 'injections', 'right_of', 'injected', 'word_embeddings', 'matched_places',
-           'attended_places', 'place_from_ids', 'exchanged_question', 'words_with_picture', 'inferred_places',
-           'choose_repair', 'repaired', 'recorded', 'released_centre', 'released_centres', 'CaseSource', 'plot_cases',
-           'kinds_in', 'question_numbers', 'texts_of', 'test_text', 'fig8a_numbers', 'fig8a_by_layer', 'short_test',
+           'masked_queries', 'mask_log_probs', 'sensitivities', 'of_answer', 'fig8b_measures', 'image_mask',
+           'called_with', 'image_tokens', 'token_places', 'things_in', 'token_labels', 'linear_scores', 'folds_of',
+           'locate_in_tokens', 'probed', 'answered', 'evidence', 'losses', 'resampled_losses', 'beyond_tolerance',
+           'decide', 'verdict', 'diagnose', 'damaged', 'noised', 'stage_weights', 'shielded', 'lesion', 'quick_ids',
+           'packed', 'unpacked', 'quick_evidence', 'lesion_evidence', 'with_losses', 'calibrated', 'confusion_of',
+           'judged', 'looks', 'looking_heads', 'heads_off', 'at_norm', 'correcting', 'words_alone', 'paired',
+           'injections', 'right_of', 'injected', 'word_embeddings', 'matched_places', 'attended_places',
+           'place_from_ids', 'exchanged_question', 'words_with_picture', 'inferred_places', 'choose_repair', 'repaired',
+           'recorded', 'released_centre', 'released_centres', 'CaseSource', 'plot_cases', 'kinds_in',
+           'question_numbers', 'texts_of', 'test_text', 'fig8a_numbers', 'fig8a_by_layer', 'short_test',
            'draw_overlaid', 'draw_line', 'draw_effects', 'plot_fig8a', 'draw_masks', 'plot_fig8b', 'lesion_plan',
            'lesion_plans', 'lesion_record', 'heads_record', 'not_run', 'LesionStudy', 'lesion_table', 'heads_table',
            'draw_losses', 'draw_confusion', 'plot_lesions', 'chosen_on_half', 'injection_record', 'injection_table',
@@ -380,21 +380,17 @@ def fig8b_measures(
     return found
 
 # %% ../nbs/06_diagnosis.ipynb #148c3bec
-def cross_blocks(vlm:VLM) -> list: # from 0
-    "The blocks that attend to the picture instead of to the text, in a family that has such blocks."
-    return list(vlm.model.config.get_text_config().cross_attention_layers) if vlm.family.cross else []
-
 def image_mask(vlm:VLM, ids:torch.Tensor) -> torch.Tensor: # (...) bool
     "Which token ids are those of the picture."
     return torch.isin(ids, torch.tensor(vlm.image_ids, device=ids.device))
 
 def _tile_tokens(vlm, call, n):
     "The image tokens of the first tile, after its class token, in a call with n prompts. ValueError for several tiles."
-    if (call["aspect_ratio_ids"] != 1).any():
+    if vlm.family.is_cut(call):
         raise ValueError(f"{vlm.family.title} cuts the picture into several tiles, whose tokens are not one grid: "
                          "use square pictures no larger than a tile")
     states = call["cross_attention_states"].float().cpu()
-    return states.reshape(n, -1, *states.shape[-2:])[:, 0, 1:vlm.model.model.vision_model.num_patches]
+    return states.reshape(n, -1, vlm.width)[:, vlm.family.first_tile(vlm.model.config)]
 
 def called_with(call:dict): # a hook that keeps what a model is called with
     "A pre-hook that keeps the arguments of the last call of a model in a dictionary."
@@ -413,7 +409,7 @@ def image_tokens(vlm:VLM):
         if vlm.family.cross: return found.extend(_tile_tokens(vlm, call | kwargs, len(h)))
         images = image_mask(vlm, call["input_ids"]).to(h.device)
         found.extend(row[image].float().cpu() for row, image in zip(h, images))
-    block = vlm.blocks[(cross_blocks(vlm) or [0])[0]]
+    block = vlm.blocks[min(vlm.cross_blocks, default=0)]
     hooks = [vlm.model.register_forward_pre_hook(called_with(call), with_kwargs=True),
              block.register_forward_pre_hook(received, with_kwargs=True)]
     try: yield found
@@ -814,11 +810,10 @@ def judged(
 # %% ../nbs/06_diagnosis.ipynb #2047b81f
 def _to_picture(vlm, weights, words, image, block):
     "Attention (heads, 2 words, P) of a block from the words to the image tokens; 0 where it has none to attend to."
-    across = cross_blocks(vlm)
-    if not across: return weights[:, words][:, :, image]
-    n = vlm.model.model.vision_model.num_patches
-    if block in across: return weights[:, words, 1:n]
-    return weights.new_zeros(len(weights), len(words), n - 1)
+    if not vlm.cross_blocks: return weights[:, words][:, :, image]
+    tile = vlm.family.first_tile(vlm.model.config)
+    if block in vlm.cross_blocks: return weights[:, words, tile]
+    return weights.new_zeros(len(weights), len(words), tile.stop - tile.start)
 
 def _batches_of_one_length(vlm, queries, batch_size):
     "Indices of queries whose prompts are equally long, at most a batch together."
@@ -869,7 +864,7 @@ def heads_off(vlm:VLM, heads:list): # of (block, head); a context
     for block, head in heads: by_block.setdefault(block, []).append(head)
     changes, n_heads = {}, len(first.q_proj.weight) // first.head_dim
     for block, which in by_block.items():
-        part = "cross_attn" if block in cross_blocks(vlm) else "self_attn"
+        part = "cross_attn" if block in vlm.cross_blocks else "self_attn"
         changes[f"{vlm.family.text}.layers.{block}.{part}.o_proj.weight"] = _without_heads(which, n_heads)
     return damaged(vlm, changes)
 

@@ -295,7 +295,7 @@ def teach(
     batch = vlm.encode(queries)
     def answer(query):
         key = "answer", query.template, *query.words.items(), query.medium, query.truth
-        return vlm.known(key, lambda: answer_ids(vlm, query)) if query.truth else []
+        return vlm.cached(key, lambda: answer_ids(vlm, query)) if query.truth else []
     inputs, labels = _extended(vlm, batch, [answer(query) for query in queries])
     length = batch["input_ids"].shape[1]
     rows = torch.tensor([length + vlm.layout(query).rows[word][-1] for query in queries])

@@ -83,7 +83,7 @@ class VLM:
         frames = getattr(processor, "video_processor", None)
         if isinstance(frames, Frames): frames.family = model.config.model_type
         if self.tokenizer.pad_token is None: self.tokenizer.pad_token = self.tokenizer.eos_token
-        self._edits, self._known = [], {}
+        self._edits, self._cached = [], {}
         self._turn = Turn()
         self._loaded, self._hash = None, {} # mark of the weights as they were loaded; {mark: hash}
 
@@ -121,21 +121,25 @@ class VLM:
         return torch.device(table._hf_hook.execution_device) # on disk, and brought there when it is needed
 
     @property
-    def cross_rows(self):
-        "How many rows a picture is that enters by cross-attention."
-        vision = self.model.config.vision_config
-        return vision.max_num_tiles * ((vision.image_size // vision.patch_size) ** 2 + 1)
+    def cross_blocks(self):
+        "The blocks, from 0, that read the picture by cross-attention, in a family that has such blocks."
+        return self.family.cross_blocks(self.model.config)
 
-    def known(self, what, make):
+    @property
+    def cross_rows(self):
+        "How many rows a picture has behind the last token: none where it is among the tokens."
+        return self.family.cross_rows(self.model.config)
+
+    def cached(self, what, make):
         "What `make` returns, computed once for each `what`: thousands of pictures share few questions."
         template, tokenizer = self.processor.chat_template, self.tokenizer
         if isinstance(template, dict): template = str(template)
         prompts = template, tokenizer, len(tokenizer), tokenizer.bos_token
-        if len(self._known) > 4096 or self._known.get("prompts") != prompts: # else it was of other prompts
-            self._known.clear()
-            self._known["prompts"] = prompts
-        if what not in self._known: self._known[what] = make()
-        return self._known[what]
+        if len(self._cached) > 4096 or self._cached.get("prompts") != prompts: # else it was of other prompts
+            self._cached.clear()
+            self._cached["prompts"] = prompts
+        if what not in self._cached: self._cached[what] = make()
+        return self._cached[what]
 
     def __repr__(self):
         kind = f"{self.family.title} organism" if self.organism else self.family.title
@@ -207,7 +211,7 @@ def _layout(self:VLM, template, words, medium):
 def layout(self:VLM, query:Query) -> Layout:
     "The prompt of a query and the places of its words."
     key = query.template, tuple(query.words.items()), query.medium
-    return self.known(key, lambda: self._layout(*key))
+    return self.cached(key, lambda: self._layout(*key))
 
 # %% ../nbs/00_hooks.ipynb #eb06cca8
 @patch
@@ -294,10 +298,9 @@ def _seen_rows(self:VLM, query, group, ids):
     image = torch.isin(ids, torch.tensor(self.image_ids))
     if group != "text" and not image.any():
         raise ValueError(f"'{_text_of(query)}' is asked without a picture, so it has no group '{group}'")
-    n, first = len(ids), int(image.int().argmax())
-    if not image.any(): first = int(ids[0] == self.tokenizer.bos_token_id)
-    elif self.family.cross: return list(range(n) if group == "text" else range(n, n + self.cross_rows))
-    return [i for i, seen in enumerate(image.tolist()) if i >= first and seen == (group != "text")]
+    if group != "text": return self.family.image_rows(image, self.model.config)
+    if image.any(): return self.family.text_rows(image)
+    return list(range(int(ids[0] == self.tokenizer.bos_token_id), len(ids)))
 
 @patch
 def _word_rows(self:VLM, query, group):
@@ -351,10 +354,10 @@ def show_prompt(self:VLM,
     per_line:int=105, # width of the panel, characters
 ):
     "Draw the tokens of a prompt as boxes with their positions, groups in colour, the image tokens as one box."
-    tokens, image = self.tokens(query), [] if self.family.cross else self.positions(query, "image")
-    colour_of = {i: "white" for i in range(len(tokens))}
-    for group in colours:
-        if group != "image" or image: colour_of |= dict.fromkeys(self.positions(query, group), colours[group])
+    tokens, ids = self.tokens(query), self.encode([query])["input_ids"][0]
+    def places(group): return [row for row in self.resolve_rows(query, group, ids) if row < len(ids)]
+    image, colour_of = places("image"), {i: "white" for i in range(len(tokens))}
+    for group, colour in colours.items(): colour_of |= dict.fromkeys(places(group), colour)
     labels = {i: readable(token) for i, token in enumerate(tokens) if i not in image[1:]}
     if image: labels[image[0]] = f"{len(image)} × image"
     x = y = 0
@@ -408,32 +411,24 @@ def _starts(self:VLM, end, word):
 def answer_ids(self:VLM, query:Query) -> list: # [[id, ...], ...]
     "The token ids that stand for each answer of a query. Raises ValueError when answers cannot be told apart."
     key = self.layout(query).prompt[-16:], query.answers
-    return self.known(key, lambda: self._answer_ids(*key))
+    return self.cached(key, lambda: self._answer_ids(*key))
 
 # %% ../nbs/00_hooks.ipynb #fef017cb
-def _hook(rows, edits, kept, layer, cross=None):
+def _hook(rows, edits, kept, layer, stream):
     """A pre-hook for the module that receives a layer: applies edits to the residual stream, then keeps rows of it.
 
-    `edits` are [(rows, new)], rows (B, P). With `cross`, a dict shared by the hooks of one pass, the cross-attention
-    states count as rows behind the last token."""
+    `edits` are [(rows, new)], rows (B, P) of the `Stream` that the hooks of a pass share."""
     thread = threading.get_ident()
     def hook(module, args, kwargs):
         if threading.get_ident() != thread: return None # a call of the model beside this one
-        h, n = args[0], args[0].shape[1]
-        if cross is not None:
-            states = cross.get("states", kwargs.get("cross_attention_states"))
-            h = torch.cat([h, states.view(len(h), -1, h.shape[-1]).to(h.device)], 1)
+        h = stream.read(args, kwargs)
         batch = torch.arange(len(h), device=h.device)[:, None]
         for where, new in edits:
             where = where.to(h.device)
             new = new(h[batch, where]) if callable(new) else new
             h = h.index_put((batch, where), new.to(h).expand(*where.shape, -1))
         if rows is not None: kept[layer] = h[batch, rows.to(h.device)]
-        if cross is not None:
-            cross["states"] = h[:, n:].reshape(states.shape)
-            if "cross_attention_states" in kwargs: kwargs = kwargs | {"cross_attention_states": cross["states"]}
-            h = h[:, :n]
-        return (h, *args[1:]), kwargs
+        return stream.write(h, args, kwargs)
     return hook
 
 # %% ../nbs/00_hooks.ipynb #917f9e19
@@ -517,24 +512,17 @@ def _alone(self:VLM):
 
 # %% ../nbs/00_hooks.ipynb #f4d26946
 @patch
-def _skipped(self:VLM, picture):
-    "Numbers of the blocks, from 0, that do not run without a picture: those of cross-attention."
-    if picture or not self.family.cross: return ()
-    return self.model.config.get_text_config().cross_attention_layers
-
-@patch
 def _receiver(self:VLM, layer, picture):
     "The module that receives a layer: the next one that runs."
-    skipped = self._skipped(picture)
+    skipped = () if picture else self.cross_blocks
     return next(module for i, module in enumerate(self.receivers[layer - 1:], layer) if i not in skipped)
 
 @patch
 def _receivers(self:VLM, layers, picture):
-    """{layer: the module that receives it}, and what hooks share where the picture enters by cross-attention.
-
-    There every hook hands the states on; elsewhere they share nothing (None)."""
-    if self.family.cross and picture and layers: return dict(enumerate(self.receivers, 1)), {}
-    return {layer: self._receiver(layer, picture) for layer in sorted(layers)}, None
+    "{layer: the module that receives it}, and the `Stream` that their hooks share."
+    stream = self.family.stream(picture)
+    if layers and stream.everywhere: return dict(enumerate(self.receivers, 1)), stream
+    return {layer: self._receiver(layer, picture) for layer in sorted(layers)}, stream
 
 def _same_length(rows, group, where, remedy):
     "Raises ValueError where a group has more tokens in one prompt than in another."
@@ -561,8 +549,8 @@ def _batch(self:VLM, queries, start, total, layers, groups):
     for layer, (group, new) in (edit for inside in self._edits for edit in inside.edits.items()):
         where = find(group)
         edits.setdefault(layer, []).append((where, self._new(new, layer, group, where.shape, start, total)))
-    receivers, cross = self._receivers({*layers, *edits}, "pixel_values" in batch)
-    hooks = [(module, _hook(rows if layer in layers else None, edits.get(layer, ()), kept, layer, cross))
+    receivers, stream = self._receivers({*layers, *edits}, "pixel_values" in batch)
+    hooks = [(module, _hook(rows if layer in layers else None, edits.get(layer, ()), kept, layer, stream))
              for layer, module in receivers.items()]
     kept["logits"] = self._forward(batch, queries, hooks)
     if places: kept["rows"] = rows - torch.tensor(pad, device=self.device)[:, None]
@@ -827,10 +815,10 @@ def begin(self:Prompts,
                          "inputs_embeds")
     pads, queries = _pads(call.get("attention_mask"), len(ids)), self.vlm._turn.queries or [None] * len(ids)
     texts = [tuple(row[pad:]) for row, pad in zip(ids.tolist(), pads)]
-    found = [self._find(b, text, query) for b, (text, query) in enumerate(zip(texts, queries))]
-    self.here.last = dict(zip(texts, found))
+    rows = [self._find(b, text, query) for b, (text, query) in enumerate(zip(texts, queries))]
+    self.here.last = dict(zip(texts, rows))
     self.remember(cache)
-    return [*zip(pads, found)]
+    return [*zip(pads, rows)]
 
 @patch
 def remember(self:Prompts, *caches):
@@ -850,12 +838,12 @@ def _call_hooks(self:VLM, edits, prompts):
     here = prompts.here
     def begin(module, args, kwargs):
         here.hooks, here.read = [], False
-        if self._turn.queries or (found := prompts.begin(args, kwargs)) is None: return
-        changes = {layer: [self._change(found, k, layer, *edit)] for k, (layer, edit) in enumerate(edits.items())}
-        receivers, cross = self._receivers({*edits}, kwargs.get("pixel_values") is not None)
+        if self._turn.queries or (places := prompts.begin(args, kwargs)) is None: return
+        changes = {layer: [self._change(places, k, layer, *edit)] for k, (layer, edit) in enumerate(edits.items())}
+        receivers, stream = self._receivers({*edits}, kwargs.get("pixel_values") is not None)
         here.read = True
         for layer, module in receivers.items():
-            change = _hook(None, changes.get(layer, ()), {}, layer, cross)
+            change = _hook(None, changes.get(layer, ()), {}, layer, stream)
             here.hooks.append(module.register_forward_pre_hook(change, with_kwargs=True))
     def end(module, args, out):
         for hook in here.hooks: hook.remove()
@@ -863,9 +851,9 @@ def _call_hooks(self:VLM, edits, prompts):
     return begin, end
 
 @patch
-def _change(self:VLM, found, k, layer, group, new):
-    "(rows, new) of the k-th group in a call whose prompts are `found`; the rows of a query serve all its beams."
-    rows = [(pad + torch.tensor(groups[k])).tolist() for pad, groups in found]
+def _change(self:VLM, places, k, layer, group, new):
+    "(rows, new) of the k-th group in a call, `places` as from `Prompts.begin`; rows of a query serve all its beams."
+    rows = [(pad + torch.tensor(groups[k])).tolist() for pad, groups in places]
     _same_length(rows, group, "prompts", "call the model with those of one length")
     where = torch.tensor(rows, device=self.device)
     if isinstance(new, Run): new = new.residual(layer, group)
@@ -1132,9 +1120,9 @@ def _prompts(vlm, queries, groups):
         raise ValueError(f"the picture has no tokens in {vlm.family.title}, so only words can be steered")
     return prompts
 
-def _index(found, g):
+def _index(places, g):
     "Batch indices and rows of the g-th group, for prompts [(padding, rows of each group)]."
-    pairs = [(b, pad + row) for b, (pad, rows) in enumerate(found) for row in rows[g]]
+    pairs = [(b, pad + row) for b, (pad, rows) in enumerate(places) for row in rows[g]]
     return torch.tensor([b for b, _ in pairs]), torch.tensor([row for _, row in pairs])
 
 # %% ../nbs/00_hooks.ipynb #20692f36
@@ -1142,8 +1130,8 @@ def _hooks(prompts, ends, scale, rule):
     "Hooks for the start and the end of a call of the model, and for the module that receives the layer."
     here = prompts.here # each thread has a call of its own
     def begin(module, args, kwargs):
-        found = prompts.begin(args, kwargs)
-        here.where = () if found is None else [_index(found, g) for g in range(len(ends))]
+        places = prompts.begin(args, kwargs)
+        here.where = () if places is None else [_index(places, g) for g in range(len(ends))]
     def end(module, args, out):
         if getattr(here, "where", None): prompts.end(out)
         here.where = None

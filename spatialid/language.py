@@ -21,7 +21,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 from transformers.models.mllama.configuration_mllama import MllamaTextConfig, MllamaVisionConfig
 
-from .adapters import SMOLLM2, Base, language_model, own_blocks, place_language
+from .adapters import SMOLLM2, Base, language_model, base_blocks, place_language
 from .families import Frames, find_family, without_torchvision
 from .organisms import Recipe, Stage
 from .registry import BUNDLED
@@ -279,7 +279,7 @@ def is_of_base(name:str, # of a parameter, without PEFT's `base_layer`
     if name.startswith("lm_head."): return True
     if not inner or inner.endswith("bias"): return False
     block = inner.split(".")[1] if inner.startswith("layers.") else None
-    return block is None or int(block) in own_blocks(model.config)
+    return block is None or int(block) in base_blocks(model.config)
 
 
 def own_parameters(model) -> list: # names, without PEFT's `base_layer`
@@ -290,7 +290,7 @@ def own_parameters(model) -> list: # names, without PEFT's `base_layer`
 # %% ../nbs/lib/language.ipynb #30595f26
 def lora_config(model, rank:int) -> LoraConfig:
     "Adapters of all seven linear maps of each block of the base; B·A times 2."
-    blocks = "|".join(map(str, own_blocks(model.config)))
+    blocks = "|".join(map(str, base_blocks(model.config)))
     path = find_family(model.config, "the model").text.replace(".", r"\.")
     maps = r"(self_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj)"
     return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=rf"{path}\.layers\.({blocks})\.{maps}")

@@ -343,7 +343,7 @@ def recomputed(
     runs = Batch(slice(0, 1), vlm.clean(batch), vlm.clean(vlm.encode([source])))
     T = batch["input_ids"].shape[1]
     for name, group in groups.items():
-        edited = torch.zeros(1, T + (vlm.cross_rows if vlm.family.cross else 0), dtype=torch.bool)
+        edited = torch.zeros(1, T + vlm.cross_rows, dtype=torch.bool)
         edited[0, vlm.resolve_rows(base, group, batch["input_ids"][0])] = True
         ways = runs.resumptions(edited, True)
         _, run, S = next(way for way in ways if way[0] <= vlm.n_layers // 2)
@@ -537,10 +537,10 @@ def _truths(queries):
 # %% ../nbs/00_sweeps.ipynb #154dd382
 def _say_plain(vlm):
     "Say once per model that its sweeps are not resumed."
-    if ("plain",) not in vlm._known:
+    if ("plain",) not in vlm._cached:
         warnings.warn(f"{vlm.family.title} is not resumed from cached runs: "
                       "every cell of a sweep is a whole forward pass", stacklevel=3)
-    vlm.known(("plain",), lambda: True)
+    vlm.cached(("plain",), lambda: True)
 
 def _fast(vlm, base, source, edits, layers, memory, progress):
     "Resume the cells of as many queries at a time as fit the memory: yields (name, layer, samples, logits)."
@@ -565,7 +565,7 @@ def _queries_at_once(vlm, base, runs, memory):
     text = vlm.model.config.get_text_config()
     longest = max(base, key=lambda q: len(vlm.layout(q).tail))
     T, kv = vlm.encode([longest])["input_ids"].shape[1], 2 * text.num_key_value_heads * vlm.blocks[0].self_attn.head_dim
-    apart = runs * vlm.cross_rows * (vlm.width + len(text.cross_attention_layers) * kv) if vlm.family.cross else 0
+    apart = runs * vlm.cross_rows * (vlm.width + len(vlm.cross_blocks) * kv) # of a picture behind the tokens
     kept = kv + 2 * vlm.width # keys, values, residual stream in and out
     bytes_ = (T * (runs * vlm.n_layers * kept + 4 * text.intermediate_size) + apart) * vlm.model.dtype.itemsize
     return max(1, min(64, int(memory / 2 / bytes_)))

@@ -809,20 +809,13 @@ def patch_rows(vlm:VLM, query:Query)->list: # token positions
     """Where the patches are: image tokens, or rows behind the last token where they enter by cross-attention.
 
     There they are those of the first tile, without the class token that comes first."""
-    if not vlm.family.cross: return vlm.positions(query, "image")
-    T, vision = vlm.encode([query])["input_ids"].shape[1], vlm.model.config.vision_config
-    return list(range(T + 1, T + 1 + (vision.image_size // vision.patch_size)**2))
-
-def _is_cut(vlm, batch):
-    "Whether a picture was cut into several; empty tiles, which nothing reads, may stand beside it."
-    if vlm.family.cross: return bool((batch["aspect_ratio_ids"] != 1).any())
-    shape = batch["pixel_values"].shape
-    return len(shape) > 3 and shape[-4] > 1
+    rows = vlm.resolve_rows(query, "image", vlm.encode([query])["input_ids"][0])
+    return rows[vlm.family.first_tile(vlm.model.config)]
 
 def grid_of(vlm:VLM, query:Query)->int: # patches on a side
     "Side of the square grid of a query's patches. ValueError where they are none, or several."
     n = len(patch_rows(vlm, query))
-    if isqrt(n)**2 == n and not _is_cut(vlm, vlm.encode([query])): return isqrt(n)
+    if isqrt(n)**2 == n and not vlm.family.is_cut(vlm.encode([query])): return isqrt(n)
     remedy = "to a family that does not cut them into tiles"
     if vlm.family.cross: remedy = f"no larger than a tile of {vlm.model.config.vision_config.image_size} px"
     raise ValueError(f"the {n} image tokens of {vlm.family.title} are no square grid of one picture, "
@@ -917,7 +910,7 @@ def _sources(vlm, query, in_own_cell, image, width): # in_own_cell (b, patches) 
 
     Of such a picture the class token and empty tiles count as other patches."""
     row, (start, end) = vlm.positions(query, "subject")[0], query.spans["subject"][0]
-    layout, T = vlm.layout(query), width - (vlm.cross_rows if vlm.family.cross else 0)
+    layout, T = vlm.layout(query), width - vlm.cross_rows
     name = [T - len(layout.tail) + i for i, (a, b) in enumerate(layout.offsets) if a < end and b > start]
     masks = torch.zeros(len(SOURCES), len(in_own_cell), width, dtype=torch.bool)
     own_patches, other_patches, rest_of_name, itself, other_text = masks

@@ -145,7 +145,7 @@ def test_the_view_keeps_the_places_of_words(llava):
 
 def test_the_view_is_of_the_same_model_and_inside_a_patch_there_is_no_clean_run(llava):
     query, view = ask(1), dp.Continued(llava, (5,), [8, 9])
-    assert view.model is llava.model and view.known("x", lambda: 3) == llava.known("x", lambda: 4) == 3
+    assert view.model is llava.model and view.cached("x", lambda: 3) == llava.cached("x", lambda: 4) == 3
     with llava.steer(query, {"subject": torch.ones(llava.width)}, layer=2):
         with pytest.raises(ValueError, match="no clean run"): sweep(view, [query], edits={"a": "subject"})
 

@@ -285,9 +285,9 @@ def test_a_picture_that_enters_by_cross_attention(questions):
     with pytest.raises(ValueError, match="no larger than a tile"):
         with dg.image_tokens(vlm): vlm.run(replace(square[0], image=square[0].image.resize((32, 16))))
 
-    across = dg.cross_blocks(vlm)
+    across = vlm.cross_blocks
     seen = dg.looks(vlm, square)
-    assert across == [1, 3] and seen.shape == (4, vlm.n_layers, 4, 2, 16)
+    assert across == (1, 3) and seen.shape == (4, vlm.n_layers, 4, 2, 16)
     for b in range(vlm.n_layers):
         assert (seen[:, b].sum(-1) > 0).all() == (b in across) and (seen[:, b].sum(-1) < 1).all()
     other = replace(square[0], image=square[1].image)

@@ -238,9 +238,9 @@ def test_hooks_leave_the_logits_bit_equal(vlm):
 
 def test_patching_a_run_with_itself_changes_nothing(vlm):
     queries = [ask(i) for i in range(3)]
-    own = vlm.run(queries, EVERY, ("all", "image", "objects"))
+    clean = vlm.run(queries, EVERY, ("all", "image", "objects"))
     for group in ("all", "image", "objects"):
-        with vlm.patch({l: (group, own) for l in EVERY}): assert torch.equal(vlm.run(queries).logits, own.logits)
+        with vlm.patch({l: (group, clean) for l in EVERY}): assert torch.equal(vlm.run(queries).logits, clean.logits)
 
 
 def test_patching_everything_gives_the_other_run(exact):
@@ -722,8 +722,8 @@ def test_rows_for_each_query_serve_all_its_beams(vlm):
                     output_logits=True)
     with vlm.patch({2: ("last", rows)}):
         wanted = vlm.run([ask(0), ask(1)]).logits
-        (found,) = vlm.model.generate(**inputs(vlm, [ask(0), ask(1)]), **settings).logits
-        assert torch.allclose(found, wanted.repeat_interleave(3, 0), atol=1e-5)
+        (logits,) = vlm.model.generate(**inputs(vlm, [ask(0), ask(1)]), **settings).logits
+        assert torch.allclose(logits, wanted.repeat_interleave(3, 0), atol=1e-5)
         with pytest.raises(ValueError, match="takes 3 x 1 x 32 numbers"):
             vlm.model(**inputs(vlm, [ask(0), ask(1), ask(2)]))
 
@@ -785,9 +785,9 @@ def test_a_model_in_training_is_asked_without_dropout_and_goes_on_training():
     modes = [m.training for m in model.modules()]
     vlm = VLM(model, processor)
     assert [m.training for m in model.modules()] == modes
-    found = vlm.run(ask(), EVERY)
-    assert torch.equal(found.logits, wanted.logits)
-    assert all(torch.equal(found.residual(l), wanted.residual(l)) for l in EVERY)
+    run = vlm.run(ask(), EVERY)
+    assert torch.equal(run.logits, wanted.logits)
+    assert all(torch.equal(run.residual(l), wanted.residual(l)) for l in EVERY)
     with pytest.raises(ValueError):
         with vlm.patch({2: ("last", torch.zeros(7))}): vlm.run(ask())
     assert vlm.check() and [m.training for m in model.modules()] == modes

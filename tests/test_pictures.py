@@ -11,7 +11,8 @@ from spatialid.videos import read_video, write_video
 from spatialid.hooks import VLM
 from spatialid.query import Query
 from spatialid.mirror_swap import recolour
-from spatialid.pictures import as_seen, eight_bits, show_pictures
+from spatialid.pictures import as_seen, eight_bits
+from spatialid.plots import show_pictures
 from tiny import tiny_llava
 
 WHITE, RED, BLUE = (255, 255, 255), (255, 0, 0), (0, 0, 255)
