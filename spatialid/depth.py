@@ -7,7 +7,7 @@ __all__ = ['COMPARED', 'WORDS', 'GENERATED', 'DEPTHS', 'HEIGHTS', 'SIDES', 'TITL
            'WORD_TEMPLATES', 'AXES', 'COMPARISON', 'spellings', 'Continued', 'along_strings', 'answer_strings',
            'together', 'answer_sweep', 'in_use', 'Pair', 'PairQuestions', 'both_questions', 'Pictures',
            'trained_on_flat', 'training_kind', 'plot_pairs', 'correlation', 'height_and_depth', 'height_depth_numbers',
-           'texts_of', 'plot_height_depth', 'spelling_shares', 'likelier_answers', 'depth_accuracy', 'depth_at_chance',
+           'plot_height_depth', 'spelling_shares', 'likelier_answers', 'depth_accuracy', 'depth_at_chance',
            'scoring_difference', 'along', 'on_side', 'permuted_ids', 'push_edits', 'DepthScene', 'depth_scenes',
            'each_with_another', 'plot_depth_scenes', 'random_axes', 'all_pushes', 'Pushed', 'push_both', 'correlations',
            'pairing', 'over_pictures', 'arms_of', 'fig7a_numbers', 'speaks_for', 'fig7a_table', 'draw_zero',
@@ -16,13 +16,12 @@ __all__ = ['COMPARED', 'WORDS', 'GENERATED', 'DEPTHS', 'HEIGHTS', 'SIDES', 'TITL
            'within_question', 'centrings', 'mean_cosines', 'word_matrices', 'share_in_plane', 'coefficient_table',
            'permuted_planes', 'closer_overlap', 'word_overlaps', 'axis_numbers', 'axis_table', 'draw_words',
            'draw_axes_of_words', 'plot_fig7b', 'depth_statistics', 'depth_null', 'depth_geometry', 'IDSet', 'id_sets',
-           'ratio_of_means', 'not_judged', 'specificity', 'specificity_text', 'draw_geometry', 'draw_specificity',
-           'plot_depth_ids', 'depth_over_height', 'depth_summary', 'beside', 'commands_for', 'draw_compared',
-           'plot_compared', 'compared_table', 'pairing_claim']
+           'ratio_of_means', 'specificity', 'specificity_text', 'draw_geometry', 'draw_specificity', 'plot_depth_ids',
+           'depth_over_height', 'depth_summary', 'beside', 'commands_for', 'draw_compared', 'plot_compared',
+           'compared_table', 'pairing_claim']
 
 # %% ../nbs/05_depth.ipynb #0ec7125b
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain, islice, permutations, product
@@ -39,7 +38,7 @@ from .plots import ticks
 from .query import Query
 from .questions import FRONT_BEHIND, QUESTIONS
 from .scenes import COLOURS, OBJECTS, FreeScenes, Scene, Thing, relation
-from .stats import as_text, bootstrap, rng, with_interval
+from .stats import bootstrap, not_judged, rng, texts_of, with_interval
 from .store import OKABE_ITO, load_results, style
 from .sweeps import Sweep, change, odds, slope, sweep
 
@@ -368,14 +367,6 @@ def height_depth_numbers(
     sums, lower = height_and_depth(scenes, seed)
     r = bootstrap(sums, lambda v: correlation(v.sum(0)), seed=seed)
     return {"correlation": {**r, "things": int(sums[:, 0].sum())}, "lower_in_front": bootstrap(lower, seed=seed)}
-
-def texts_of(
-    numbers, # {value, low, high}, or dictionaries of such numbers
-): # text, or dictionaries of texts; what is no number stays
-    "Numbers with their intervals as text."
-    if not isinstance(numbers, Mapping): return numbers
-    if "value" in numbers: return as_text(numbers)
-    return {key: texts_of(number) for key, number in numbers.items()}
 
 def _things(scenes):
     "The things of all scenes."
@@ -1131,10 +1122,6 @@ def ratio_of_means(
     "A ratio of two means over the same pictures, with its interval."
     def ratio(v): return v[:, 1].mean() / v[:, 0].mean()
     return bootstrap(np.stack([below, above], 1), (lambda v: abs(ratio(v))) if size else ratio, seed=seed)
-
-def not_judged(why:str, n:int) -> dict:
-    "What stands in place of a number, and why."
-    return {"value": None, "low": None, "high": None, "n": n, "not_judged": why}
 
 # %% ../nbs/05_depth.ipynb #34bee272
 def specificity(

@@ -6,7 +6,7 @@
 __all__ = ['SIDES', 'RADIUS', 'STAGES', 'TOLERANCE', 'LITTLE', 'VERDICTS', 'PLACE_SOURCES', 'DOSES', 'LADDER', 'HALVES',
            'CALIBRATION', 'TEST', 'HEADS', 'INJECTED', 'REPAIR_COLUMNS', 'Cases', 'cases', 'cell_of', 'released_ids',
            'Readings', 'right_answers', 'slot_means', 'without_picture', 'read_ids', 'towards_truth', 'standardised',
-           'margins', 'not_judged', 'rank_biserial', 'compare', 'compare_all', 'pixels', 'disjoint_boxes', 'blurred',
+           'margins', 'rank_biserial', 'compare', 'compare_all', 'pixels', 'disjoint_boxes', 'blurred',
            'masked_queries', 'mask_log_probs', 'sensitivities', 'of_answer', 'fig8b_measures', 'image_mask',
            'called_with', 'image_tokens', 'token_places', 'things_in', 'token_labels', 'linear_scores', 'folds_of',
            'locate_in_tokens', 'probed', 'answered', 'evidence', 'losses', 'resampled_losses', 'beyond_tolerance',
@@ -48,7 +48,7 @@ from .plots import ticks
 from .query import Query
 from .questions import BENCHMARK_KINDS, QUESTIONS
 from .scenes import GridScenes, Objects
-from .stats import absolute, as_text, bootstrap, rng, spanning
+from .stats import absolute, as_text, bootstrap, not_judged, rng, spanning
 from .store import OKABE_ITO, load_results, style, write_json
 from .sweeps import Resumed, at_every_layer, attention, sweep
 
@@ -228,10 +228,6 @@ def margins(
     return {"raw": ext - gt, "standardised": gap, "opposed": (ext < 0).astype(float)}
 
 # %% ../nbs/06_diagnosis.ipynb #d44e697c
-def not_judged(why:str, n:int=0) -> dict:
-    "What stands in place of a number, and why."
-    return {"value": None, "low": None, "high": None, "n": n, "not_judged": why}
-
 def rank_biserial(
     values:np.ndarray, # (B,)
     right:np.ndarray, # (B,) bool

@@ -15,7 +15,7 @@ __all__ = ['ID_FILES', 'WORD_QUESTIONS', 'WORDS', 'CELL_COLOURS', 'SCALING_LINES
            'plot_words', 'name_of', 'plot_figure5', 'layer_title', 'plot_layers', 'plot_over_layers', 'plot_with_null',
            'mark_layer', 'plot_layer_curves', 'nearest_column', 'nested_choices', 'PairSubsets', 'numbers_table',
            'same_reach', 'plot_scaling', 'plot_pairs', 'same_pictures', 'compare_ids', 'plot_prompts', 'plot_slots',
-           'size_invariance', 'plot_sizes', 'less', 'not_judged', 'grid_claims', 'pair_claims', 'size_claims']
+           'size_invariance', 'plot_sizes', 'less', 'grid_claims', 'pair_claims', 'size_claims']
 
 # %% ../nbs/03_extraction.ipynb #7ba219ac
 import hashlib
@@ -35,7 +35,7 @@ from fastcore.basics import patch
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
-from .stats import absolute, around, as_text, leave_one_out, over_null, rng, with_interval
+from .stats import absolute, around, as_text, leave_one_out, not_judged, over_null, rng, with_interval
 from .store import provenance as make_provenance, results_dir, results_root, stored_path, write_bytes
 
 # %% ../nbs/03_extraction.ipynb #83ab037e
@@ -1495,7 +1495,6 @@ def plot_sizes(
 # %% ../nbs/03_extraction.ipynb #7c5800d8
 HALF = 0.5  # of the variance: the paper's number
 
-
 def less(
     number:dict, # {value, low, high, n}
     constant:float,
@@ -1503,12 +1502,6 @@ def less(
     "A number and its interval, less a constant."
     moved = {end: None if number[end] is None else number[end] - constant for end in ("value", "low", "high")}
     return {**moved, "n": number["n"]}
-
-
-def not_judged(why:str)->dict:
-    "What stands where a number cannot be had."
-    return {"value": None, "low": None, "high": None, "n": 0, "not_judged": why}
-
 
 def grid_claims(
     held_out:dict, # statistics of the objects on which the layer was not chosen

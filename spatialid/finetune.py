@@ -8,9 +8,9 @@ __all__ = ['SAMPLERS', 'PAPER', 'ARMS', 'RATES', 'MEASURED', 'ARM_COLOURS', 'COM
            'answer_ids', 'teach', 'reading', 'answer_loss', 'group_loss', 'vision_blocks', 'unfreeze', 'Settings',
            'Groups', 'measure', 'finetune', 'SpatialIDTrainer', 'unused_pairs', 'run_seed', 'run_seeds', 'gathered',
            'sign_flips', 'crossed', 'bits', 'compared', 'main', 'log_text', 'stored_full_run', 'scene_benchmark',
-           'training_pairs', 'plot_group', 'commoner_share', 'id_losses', 'rounded', 'markdown_table', 'rate_arms',
-           'swept_arms', 'short_arms', 'run_label', 'curve', 'mean_rows', 'end_rows', 'draw_arms', 'plot_a10',
-           'rows_of', 'differences_of', 'points', 'direction', 'difference_rows', 'swept_differences', 'plot_sweep',
+           'training_pairs', 'plot_group', 'commoner_share', 'id_losses', 'rounded', 'rate_arms', 'swept_arms',
+           'short_arms', 'run_label', 'curve', 'mean_rows', 'end_rows', 'draw_arms', 'plot_a10', 'rows_of',
+           'differences_of', 'points', 'direction', 'difference_rows', 'swept_differences', 'plot_sweep',
            'first_reached', 'plateau_gain', 'id_loss_falls', 'speed_gain']
 
 # %% ../nbs/07_finetune.ipynb #8acb1492
@@ -47,7 +47,7 @@ from .processes import end_with_parent
 from .query import Query
 from .questions import BENCHMARK_KINDS, QUESTIONS
 from .scenes import GridScenes
-from .stats import over_seeds, rng, as_text
+from .stats import as_text, over_seeds, rng
 from .store import OKABE_ITO, load_results, results_dir, results_root, write_bytes, write_json
 
 # %% ../nbs/07_finetune.ipynb #21d77c10
@@ -215,7 +215,8 @@ def _balanced(pictures, i, seed, batch):
 def _released(pictures, i, seed, batch):
     "The questions about a series that have an answer, of both kinds, shuffled and cut in two: one group of them."
     generator = rng(seed, "released", i // 2)
-    items = [(scene, kind) for scene in _drawn(pictures, generator) for kind in BENCHMARK_KINDS if has_answer(scene, kind)]
+    pairs = product(_drawn(pictures, generator), BENCHMARK_KINDS)
+    items = [(scene, kind) for scene, kind in pairs if has_answer(scene, kind)]
     order = generator.permutation(len(items))
     first = i % 2 == 0 or len(items) <= batch
     return [items[j] for j in (order[:batch] if first else order[batch:])]
@@ -875,17 +876,8 @@ def id_losses(
 def rounded(
     numbers:dict, # {name: number}
 ) -> dict: # {name: text}
-    "Numbers with three digits behind the point, for `markdown_table`."
+    "Numbers with three digits behind the point, for `number_table`."
     return {name: f"{number:.3f}" for name, number in numbers.items()}
-
-def markdown_table(
-    rows:dict, # {row: {column: text}}
-    corner:str="",
-) -> str:
-    "A table in Markdown."
-    columns = list(next(iter(rows.values())))
-    lines = [[corner, *columns], ["-"] * (1 + len(columns)), *([name, *row.values()] for name, row in rows.items())]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 # %% ../nbs/07_finetune.ipynb #eb08ae7b
 RATES = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3) # of learning, among which one is chosen
@@ -935,7 +927,7 @@ def curve(
 
 def mean_rows(
     logs:dict, # of `gathered`
-) -> dict: # {row: {"step 0": text, ...}}, for `markdown_table`
+) -> dict: # {row: {"step 0": text, ...}}, for `number_table`
     "Mean over seeds of everything that is measured, for every arm and step."
     rows = {}
     for name, arm in logs.items():
@@ -946,9 +938,12 @@ def mean_rows(
 
 def end_rows(
     logs:dict, # of `gathered`
-) -> dict: # {arm: {"LM loss": text, ...}}, for `markdown_table`
+) -> dict: # {arm: {"LM loss": text, ...}}, for `number_table`
     "Everything that is measured at the end, with intervals over seeds."
-    return {name: {text: as_text(curve(arm, key)[-1], 3) for key, text in MEASURED.items()} for name, arm in logs.items()}
+    rows = {}
+    for name, arm in logs.items():
+        rows[name] = {text: as_text(curve(arm, key)[-1], 3) for key, text in MEASURED.items()}
+    return rows
 
 # %% ../nbs/07_finetune.ipynb #05d261e9
 ARM_COLOURS = dict(zip(ARMS, (OKABE_ITO[i] for i in (7, 5, 3, 2, 1))))
@@ -1017,7 +1012,7 @@ def direction(
 
 def difference_rows(
     differences:dict, # of `differences_of`
-) -> dict: # {row: {column: text}}, for `markdown_table`
+) -> dict: # {row: {column: text}}, for `number_table`
     "Every comparison and kind of question: over both, over seeds, over questions, and what the first says."
     rows = {}
     for name, parts in differences.items():

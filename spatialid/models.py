@@ -29,11 +29,10 @@ from .organisms import RECIPES, build, training_log
 from .questions import questions
 from .registry import BUNDLED, bundled
 from .scenes import FreeScenes, GridScenes, grid_pairs
-from .stats import bootstrap, rng, as_text
+from .stats import as_text, bootstrap, markdown_table, not_judged, number_table, rng
 from .steering import adversarial, fig9_numbers, plot_bars
 from .store import OKABE_ITO, provenance, read_results, results_dir, results_root, write_json
 from .sweeps import sweep
-from .theory import markdown_table, not_judged, number_table
 
 # %% ../nbs/13_models.ipynb #0a2ad2d1
 def checkpoints(

@@ -4,11 +4,16 @@
 
 # %% auto #0
 __all__ = ['Z95', 'rng', 'absolute', 'as_text', 'Estimate', 'spanning', 'bootstrap', 'wilson', 'student_95', 'over_seeds',
-           'around', 'leave_one_out', 'resample', 'with_interval', 'over_null', 'estimate']
+           'not_judged', 'texts_of', 'markdown_table', 'number_table', 'around', 'leave_one_out', 'resample',
+           'with_interval', 'over_null', 'estimate']
 
 # %% ../nbs/lib/stats.ipynb #427a7154
-import hashlib, math
+import hashlib
+import math
+from collections.abc import Mapping
 from functools import partial
+from itertools import chain
+from numbers import Number
 
 import numpy as np
 
@@ -140,6 +145,49 @@ def over_seeds(
     half = student_95(len(v) - 1) * v.std(ddof=1) / np.sqrt(len(v))
     mean = float(v.mean())
     return Estimate(mean, mean - float(half), mean + float(half), len(v))
+
+# %% ../nbs/lib/stats.ipynb #f0e1adbc
+def not_judged(
+    why:str,
+    n:int=0, # independent units there were
+) -> dict: # value, low, high: None; n; not_judged: why
+    "What stands in place of a number, and why."
+    return {"value": None, "low": None, "high": None, "n": n, "not_judged": why}
+
+def texts_of(
+    numbers, # an estimate, or dictionaries of estimates
+    digits:int=2,
+): # text, or dictionaries of texts; what is no estimate stays
+    "Numbers with their intervals as text."
+    if not isinstance(numbers, Mapping): return numbers
+    if "value" in numbers: return as_text(numbers, digits)
+    return {key: texts_of(number, digits) for key, number in numbers.items()}
+
+# %% ../nbs/lib/stats.ipynb #19f075bb
+def markdown_table(
+    header:list, # names of the columns
+    rows, # of as many texts or numbers each
+) -> str:
+    "A table in Markdown."
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+def _cell_text(value, digits):
+    "A number, an estimate or anything else as the text of a cell."
+    if isinstance(value, Number): return f"{value:.{digits}f}"
+    return as_text(value, digits) if value is None or isinstance(value, Mapping) else str(value)
+
+def number_table(
+    rows:dict, # {name of the row: {name of the column: number, estimate or text}}
+    digits:int=2,
+    corner:str="", # above the names of the rows
+) -> str:
+    "Numbers, or estimates with their intervals, as a table in Markdown. A cell that is not there stays empty."
+    columns, lines = list(dict.fromkeys(chain.from_iterable(rows.values()))), []
+    for name, row in rows.items():
+        texts = {column: _cell_text(value, digits) for column, value in row.items()}
+        lines.append([name, *(texts.get(column, "") for column in columns)])
+    return markdown_table([corner, *columns], lines)
 
 # %% ../nbs/lib/stats.ipynb #57fd416b
 def around(

@@ -5,20 +5,19 @@
 # %% auto #0
 __all__ = ['LEARNED', 'ROTARY', 'PLANTED', 'FORMS', 'PAPER_TABLE_2', 'LAYER_FORMS', 'SHOWN', 'SOURCES', 'LADDER', 'GRID_CELLS',
            'WHY', 'NO_TABLE', 'CLAIMS', 'cell_overlap', 'pooled', 'directions', 'low_rank', 'left_out', 'cell_places',
-           'markdown_table', 'number_table', 'permuted_cells', 'null_statistics', 'explained', 'square', 'encodings',
-           'rotary_index', 'Tiles', 'TileScenes', 'Planted', 'plant', 'planted_r2', 'logit_change', 'eq8_check',
-           'plot_planted', 'chosen_layer', 'ring_of', 'plane', 'linear_encoding', 'null_table', 'with_null',
-           'components', 'plot_a21', 'table_2', 'table_2_text', 'table_2_by_layer', 'rank_3_by_layer', 'with_band',
-           'plot_table_2', 'geometric_inputs', 'geometry_r2', 'constant_shares', 'rank_jumps', 'patch_rows', 'grid_of',
-           'in_cell', 'attention_of', 'written', 'by_head', 'BlockParts', 'Means', 'Written', 'decompose',
-           'from_weights', 'composed', 'agreement', 'compared', 'centred', 'planted_parts_errors', 'by_object',
-           'ladder', 'ladder_by_layer', 'sum_error', 'try_to_decompose', 'ladder_table', 'share_of', 'shares_by_source',
-           'head_name', 'head_shares', 'strongest_heads', 'heads_table', 'plot_weights', 'read_out_questions',
-           'places_of', 'middle_layers', 'Pushed', 'push_edits', 'push_everywhere', 'read_out', 'r_squared',
-           'every_direction', 'id_steps', 'of_other_questions', 'Judge', 'read_outs', 'plain_read_outs',
-           'read_outs_by_layer', 'plot_read_out', 'line_of', 'why', 'main', 'stored_runs', 'supervision_effects',
-           'runs_table', 'plot_why', 'toy', 'toy_r2', 'not_judged', 'table_2_claims', 'encoding_claim',
-           'read_out_claim', 'verdicts']
+           'permuted_cells', 'null_statistics', 'explained', 'square', 'encodings', 'rotary_index', 'Tiles',
+           'TileScenes', 'Planted', 'plant', 'planted_r2', 'logit_change', 'eq8_check', 'plot_planted', 'chosen_layer',
+           'ring_of', 'plane', 'linear_encoding', 'null_table', 'with_null', 'components', 'plot_a21', 'table_2',
+           'table_2_text', 'table_2_by_layer', 'rank_3_by_layer', 'with_band', 'plot_table_2', 'geometric_inputs',
+           'geometry_r2', 'constant_shares', 'rank_jumps', 'patch_rows', 'grid_of', 'in_cell', 'attention_of',
+           'written', 'by_head', 'BlockParts', 'Means', 'Written', 'decompose', 'from_weights', 'composed', 'agreement',
+           'compared', 'centred', 'planted_parts_errors', 'by_object', 'ladder', 'ladder_by_layer', 'sum_error',
+           'try_to_decompose', 'ladder_table', 'share_of', 'shares_by_source', 'head_name', 'head_shares',
+           'strongest_heads', 'heads_table', 'plot_weights', 'read_out_questions', 'places_of', 'middle_layers',
+           'Pushed', 'push_edits', 'push_everywhere', 'read_out', 'r_squared', 'every_direction', 'id_steps',
+           'of_other_questions', 'Judge', 'read_outs', 'plain_read_outs', 'read_outs_by_layer', 'plot_read_out',
+           'line_of', 'why', 'main', 'stored_runs', 'supervision_effects', 'runs_table', 'plot_why', 'toy', 'toy_r2',
+           'table_2_claims', 'encoding_claim', 'read_out_claim', 'verdicts']
 
 # %% ../nbs/09_theory.ipynb #0dd24c71
 import argparse
@@ -27,7 +26,6 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import chain, product
 from math import isqrt
-from numbers import Number
 from pathlib import Path
 
 import numpy as np
@@ -46,7 +44,7 @@ from .organisms import BUILDERS, WHERE, Recipe, Stage, build, train, training_lo
 from .query import Query
 from .questions import LEFT_RIGHT, questions
 from .scenes import OBJECTS, FreeScenes, GridScene, GridScenes, Objects, grid_pairs
-from .stats import bootstrap, over_seeds, rng, as_text, with_interval
+from .stats import as_text, bootstrap, markdown_table, not_judged, over_seeds, rng, with_interval
 from .plots import ticks
 from .store import OKABE_ITO, load_results, provenance, results_dir, write_bytes, write_json
 from .sweeps import attention, in_float64, middle_third, sweep
@@ -149,28 +147,7 @@ def cell_places(m:int=4)->np.ndarray: # (m, m, 2)
     "Column and row of each cell of a grid, indexed [y, x]."
     return np.stack(np.meshgrid(np.arange(float(m)), np.arange(float(m))), -1)
 
-def markdown_table(
-    header:list, # names of the columns
-    rows, # of as many texts or numbers each
-)->str:
-    "A table in Markdown."
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
-
-def number_table(
-    rows:dict, # {name of the row: {name of the column: number or estimate}}
-    digits:int=2,
-)->str:
-    "Numbers, or estimates with their intervals, as a table in Markdown. A cell that is not there stays empty."
-    columns = _columns(rows)
-    return markdown_table(["", *columns], [[name, *_formatted(row, columns, digits)] for name, row in rows.items()])
-
 def _columns(rows): return list(dict.fromkeys(chain.from_iterable(rows.values())))
-
-def _formatted(row, columns, digits):
-    "The numbers of a row as texts."
-    texts = {name: f"{v:.{digits}f}" if isinstance(v, Number) else as_text(v, digits) for name, v in row.items()}
-    return [texts.get(name, "") for name in columns]
 
 # %% ../nbs/09_theory.ipynb #50571ee3
 def permuted_cells(
@@ -1718,10 +1695,6 @@ def toy_r2(
 
 # %% ../nbs/09_theory.ipynb #8b65dd85
 NO_TABLE = "the vision tower of this model has no learned position encoding"
-
-def not_judged(reason:str, n:int)->dict:
-    "A claim without a number, and why."
-    return {"value": None, "low": None, "high": None, "n": n, "not_judged": reason}
 
 def _estimate(r2): return {key: r2[key] for key in ("value", "low", "high", "n")}
 

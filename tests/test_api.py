@@ -53,7 +53,8 @@ def test_an_unknown_name_says_which_there_are():
 def test_a_notebook_depends_on_what_it_imports_from_the_package():
     "What `reproduce` looks at to tell whether a notebook is done."
     from spatialid.runner import _modules
-    assert _modules("from spatialid import SpatialIDs, scenes as d").keys() >= {"extraction.py", "scenes.py", "query.py"}
+    modules = _modules("from spatialid import SpatialIDs, scenes as d")
+    assert modules.keys() >= {"extraction.py", "scenes.py", "query.py"}
     assert "hooks.py" not in _modules("from spatialid import judge")
 
 
@@ -69,19 +70,21 @@ LAYERS = (
     {"models", "bench", "runner"},
     {"cli"},
 )
-BESIDE = ({"organisms", "language", "trainer", "cards"}, {"query", "pictures"})  # modules that import from their own level
+# modules that import from their own level
+BESIDE = ({"organisms", "language", "trainer", "cards"}, {"query", "pictures"})
 
 
 def imported_by(path):
     "The modules of the library that a module imports, also inside functions."
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    names = [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module and node.level]
-    absolute = [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module and not node.level]
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module]
+    names = [node.module for node in imports if node.level]
+    absolute = [node.module for node in imports if not node.level]
     return {*names, *(name.removeprefix("spatialid.") for name in absolute if name.startswith("spatialid."))}
 
 
 def test_modules_import_downwards_only():
-    "An experiment imports nothing from another experiment, nor from what runs experiments: what two need lies below both."
+    "An experiment imports nothing from another one, nor from what runs experiments: what two need lies below both."
     level = {module: i for i, modules in enumerate(LAYERS) for module in modules}
     paths = {path.stem: path for path in Path(spatialid.__file__).parent.glob("[a-z]*.py")}
     assert paths.keys() == level.keys(), "every module has its place in LAYERS"
@@ -102,15 +105,17 @@ def one_screen():
 def test_the_interface_works_as_the_readme_prints_it(capsys):
     "Word for word, on a small model and with fewer questions and pictures: layer 18 of 30 is layer 5 of 8."
     code = one_screen()
-    for long, short in (('"llava-smol"', '"llava-tiny"'), ("n=200", "n=6"), ("grid_pairs(20)", "grid_pairs(2), sizes=(74,), px=80"),
-                        ("18", "5")):
+    shorter = {'"llava-smol"': '"llava-tiny"', "n=200": "n=6", "grid_pairs(20)": "grid_pairs(2), sizes=(74,), px=80",
+               "18": "5"}
+    for long, short in shorter.items():
         assert long in code
         code = code.replace(long, short)
     lines = code.splitlines()
     names = {}
     exec("\n".join(lines[:-1]), names)
     estimate = names["swept"].shift("objects").ratio[5]
-    assert isinstance(estimate, spatialid.Estimate) and estimate.low <= estimate.value <= estimate.high and estimate.n == 6
+    assert isinstance(estimate, spatialid.Estimate) and estimate.n == 6
+    assert estimate.low <= estimate.value <= estimate.high
     assert re.fullmatch(r"-?\d\.\d\d \[-?\d\.\d\d, -?\d\.\d\d\], n 6", repr(estimate))
     assert capsys.readouterr().out.strip().split()[0] in ("left", "right")
     vlm, base, vector = (names[name] for name in ("vlm", "base", "vector"))

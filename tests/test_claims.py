@@ -57,7 +57,8 @@ def test_no_experiment_has_a_threshold_of_its_own():
 @pytest.mark.parametrize("found, why", [
     ({"value": .8, "low": None, "high": None, "n": 1}, "0.80 has no interval: n = 1 is too small for one"),
     ({"value": .8, "low": .7, "high": .9, "n": None}, "0.80 has no interval: the sample is too small for one"),
-    ({"value": 1., "low": 1., "high": 1., "n": 4}, "1.00 [1.00, 1.00]: an interval of no width, n = 4 is too small for one"),
+    ({"value": 1., "low": 1., "high": 1., "n": 4},
+     "1.00 [1.00, 1.00]: an interval of no width, n = 4 is too small for one"),
     ({"value": None, "low": None, "high": None, "n": 0}, "the run found no number"),
     ({"value": None, "low": None, "high": None, "n": 0, "not_judged": "no pictures"}, "no pictures"),
 ])

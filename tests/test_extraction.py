@@ -17,7 +17,9 @@ from PIL import Image
 from spatialid.benchmarks import placed
 from spatialid import extraction
 from spatialid.extraction import (
-    IDAccumulator, SpatialIDs, axis_null, choices, choose_layer, compare_slots, cosines, disjoint_halves, effective_dimensions, exchanged, extract, grid_axes, grid_design, grid_null, grid_statistics, index_scenes, on_axes, orthonormal, over_subsets, pair_weights, smooth_codes, spread_layers, stored_ids, subsample, subset_cosines)
+    IDAccumulator, SpatialIDs, axis_null, choices, choose_layer, compare_slots, cosines, disjoint_halves,
+    effective_dimensions, exchanged, extract, grid_axes, grid_design, grid_null, grid_statistics, index_scenes, on_axes,
+    orthonormal, over_subsets, pair_weights, smooth_codes, spread_layers, stored_ids, subsample, subset_cosines)
 from spatialid.stats import around, leave_one_out, over_null, with_interval
 from spatialid.hooks import VLM
 from spatialid.query import Query

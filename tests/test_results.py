@@ -11,7 +11,9 @@ from spatialid.cli import main
 from spatialid.diagnosis import decide, resampled_losses
 from spatialid.extraction import over_subsets
 from spatialid.finetune import crossed
-from spatialid.stats import Estimate, absolute, around, bootstrap, leave_one_out, over_null, over_seeds, spanning, wilson
+from spatialid.stats import (
+    Estimate, absolute, around, as_text, bootstrap, leave_one_out, markdown_table, not_judged, number_table, over_null,
+    over_seeds, spanning, texts_of, wilson)
 from spatialid.steering import newcombe
 from spatialid.store import load_results, moved, read_results, save_results
 
@@ -135,17 +137,38 @@ def test_an_estimate_refuses_an_interval_that_misses_its_value(low, high):
 def test_results_are_rounded_and_their_provenance_is_apart(tmp_path, monkeypatch):
     "A run that computes the same numbers to six digits leaves the file of numbers as it was."
     monkeypatch.setenv("SPATIALID_RESULTS", str(tmp_path))
-    path = save_results("toy", "03_x", {"r": 1/3, "a": [[1.23456789, 2]], "e": Estimate(.5, .25, .75, 8)}, {"seed": 1})
+    numbers = {"r": 1/3, "a": [[1.23456789, 2]], "e": Estimate(.5, .25, .75, 8)}
+    path = save_results("toy", "03_x", numbers, {"seed": 1})
     before = path.read_bytes()
-    assert json.loads(before) == {"r": .333333, "a": [[1.23457, 2]], "e": {"value": .5, "low": .25, "high": .75, "n": 8}}
+    estimate = {"value": .5, "low": .25, "high": .75, "n": 8}
+    assert json.loads(before) == {"r": .333333, "a": [[1.23457, 2]], "e": estimate}
     assert b"[1.23457, 2]\n" in before, "an array of numbers is a line"
-    save_results("toy", "03_x", {"r": 1/3 + 1e-9, "a": [[1.23456789, 2]], "e": Estimate(.5, .25, .75, 8)}, {"seed": 2})
-    assert path.read_bytes() == before and read_results(path)["provenance"] == {"seed": 2} == load_results("toy", "03_x")["provenance"]
+    save_results("toy", "03_x", {**numbers, "r": 1/3 + 1e-9}, {"seed": 2})
+    assert path.read_bytes() == before
+    assert read_results(path)["provenance"] == {"seed": 2} == load_results("toy", "03_x")["provenance"]
+
+
+def test_numbers_are_read_as_text_whatever_holds_them():
+    estimate, none = Estimate(.5, .25, .75, 8), not_judged("too few", 3)
+    assert none == {"value": None, "low": None, "high": None, "n": 3, "not_judged": "too few"}
+    found = texts_of({"a": {"b": estimate, "c": none}, "layer": 5, "names": ["x"]})
+    assert found == {"a": {"b": "0.50 [0.25, 0.75]", "c": "too few"}, "layer": 5, "names": ["x"]}
+    assert texts_of(estimate, 1) == as_text(estimate, 1) == "0.5 [0.2, 0.8]"
+
+
+def test_a_table_holds_numbers_estimates_and_texts():
+    assert markdown_table(["a", "b"], [[1, "x"], [2, "y"]]) == "| a | b |\n| --- | --- |\n| 1 | x |\n| 2 | y |"
+    rows = {"first": {"a": 1, "b": Estimate(.5, .25, .75, 8)}, 2: {"b": not_judged("why"), "c": [3, 4], "d": None}}
+    lines = number_table(rows, 1, "corner").splitlines()
+    assert lines[0] == "| corner | a | b | c | d |" and lines[1] == "| --- " * 5 + "|"
+    assert lines[2] == "| first | 1.0 | 0.5 [0.2, 0.8] |  |  |", "a cell that is not there stays empty"
+    assert lines[3] == "| 2 |  | why | [3, 4] | none |"
 
 
 def test_what_moved_is_what_left_its_interval():
-    was = {"share": {"value": .6, "low": .5, "high": .7, "n": 9}, "plain": 100., "gone": 1, "text": "a", "list": [1., 2.]}
-    same = {"share": {"value": .69, "low": .6, "high": .8, "n": 9}, "plain": 100.001, "gone": 1, "text": "b", "list": [1., 2.]}
+    share, later = ({"value": v, "low": v - .1, "high": v + .1, "n": 9} for v in (.6, .69))
+    was = {"share": share, "plain": 100., "gone": 1, "text": "a", "list": [1., 2.]}
+    same = {"share": later, "plain": 100.001, "gone": 1, "text": "b", "list": [1., 2.]}
     assert moved(was, was) == moved(was, same) == []
     assert [row["key"] for row in moved(was, same, within=True)] == ["share", "plain"]
     other = {"share": {"value": .71, "low": .6, "high": .8, "n": 9}, "plain": 101., "list": [1., 3.], "new": 0}
@@ -158,7 +181,8 @@ def test_diff_compares_with_a_commit_or_a_folder(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("SPATIALID_RESULTS", str(tmp_path))
     share = lambda value: {"share": {"value": value, "low": value - .1, "high": value + .1, "n": 9}}
     save_results("toy", "03_x", share(.5), {})
-    git = lambda *args: subprocess.run(["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b", *args], check=True)
+    command = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    git = lambda *args: subprocess.run([*command, *args], check=True)
     git("init", "-q"), git("add", "."), git("commit", "-qm", "results")
     assert main(["diff"]) == 0 and "0 numbers moved beyond their interval in 1 files" in capsys.readouterr().out
     save_results("toy", "03_x", share(.55), {})
@@ -167,4 +191,5 @@ def test_diff_compares_with_a_commit_or_a_folder(tmp_path, monkeypatch, capsys):
     save_results("toy", "03_x", share(.8), {})
     assert main(["diff"]) == 1 and "share: 0.5 [0.4, 0.6] -> 0.8" in capsys.readouterr().out
     assert main(["diff", str(tmp_path/"results")]) == 0
-    assert main(["diff", "nowhere"]) == 2 and "'nowhere' is no commit and no folder of results" in capsys.readouterr().err
+    assert main(["diff", "nowhere"]) == 2
+    assert "'nowhere' is no commit and no folder of results" in capsys.readouterr().err

@@ -1,4 +1,6 @@
-"The command `spatialid` on small notebooks: messages, resume after an interruption, folders that cannot be written, claims."
+"""The command `spatialid` on small notebooks: what it says and resumes.
+
+Messages, resume after an interruption, folders that cannot be written, claims."""
 import json
 import os
 import signal
@@ -15,6 +17,7 @@ from spatialid import cli, runner, store
 from spatialid.claims import OPS
 
 ROOT = Path(__file__).parents[1]
+COMMAND = "import sys; from spatialid.cli import main; sys.exit(main())"
 
 
 @pytest.fixture
@@ -32,16 +35,18 @@ def lab(tmp_path, monkeypatch):
 
         @staticmethod
         def notebook(name, *code, parameters='model = "toy"\nn = 3', **declared):
-            cells = [nbformat.v4.new_code_cell(parameters, metadata={"tags": ["parameters"]}), *map(nbformat.v4.new_code_cell, code)]
+            first = nbformat.v4.new_code_cell(parameters, metadata={"tags": ["parameters"]})
+            cells = [first, *map(nbformat.v4.new_code_cell, code)]
             kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
             metadata = {"kernelspec": kernel, "spatialid": declared}
             nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=metadata), tmp_path/"nbs"/f"{name}.ipynb")
 
         @staticmethod
         def start(*args):
-            return subprocess.Popen([sys.executable, "-c", "import sys; from spatialid.cli import main; sys.exit(main())", *args],
-                                    stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ.copy(), cwd=tmp_path,
-                                    preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a background shell would have it ignored
+            def heed_ctrl_c(): signal.signal(signal.SIGINT, signal.SIG_DFL)  # a background shell would have it ignored
+            return subprocess.Popen([sys.executable, "-c", COMMAND, *args], stdout=subprocess.PIPE,
+                                    stderr=subprocess.PIPE, text=True, env=os.environ.copy(), cwd=tmp_path,
+                                    preexec_fn=heed_ctrl_c)
     return Lab
 
 
@@ -51,6 +56,15 @@ def fails(capsys, code, *args):
     err = capsys.readouterr().err
     assert "Traceback" not in err
     return err
+
+
+def claim(name="x", **rule):
+    "An entry of claims.json; its rule is that the number x of notebook 01 is above 0, unless something else is given."
+    rule = {"notebook": "01_a", "key": "claims.x", "op": ">", "threshold": 0, **rule}
+    return {"id": name, "source": "§1", "claim": "c", "paper": "1", "note": "", "measure": "", "rule": rule}
+
+
+def write_claims(lab, *entries): (lab.root/"nbs"/"claims.json").write_text(json.dumps(entries))
 
 
 @pytest.mark.parametrize("args, names", [
@@ -67,13 +81,15 @@ def fails(capsys, code, *args):
     (("run", "03", "-p", "n_rows=0"), "give a whole number of at least 1"),
     (("run", "03", "-p", "benchmark=nowhere"), "`spatialid benchmark FOLDER`"),
     (("run", "03", "-p", "quick=maybe"), "give True or False"),
-    (("run", "04", "--model", "llava-tiny"), "04_d is about videos, and llava-tiny takes pictures only; its experiments are 03_c"),
+    (("run", "04", "--model", "llava-tiny"),
+     "04_d is about videos, and llava-tiny takes pictures only; its experiments are 03_c"),
     (("run", "03", "--model", "toy"), "run `spatialid run 03 --model"),
 ])
 def test_wrong_argument_names_the_valid_ones(lab, capsys, args, names):
     lab.notebook("01_a")
     lab.notebook("02_b", parameters="n = 3")
-    lab.notebook("03_c", needs=["03_extraction"], parameters='model = "llava-tiny"\nn_scenes = 3\nn_rows = None\nbenchmark = None\nquick = False')
+    parameters = 'model = "llava-tiny"\nn_scenes = 3\nn_rows = None\nbenchmark = None\nquick = False'
+    lab.notebook("03_c", needs=["03_extraction"], parameters=parameters)
     lab.notebook("04_d", parameters='model = "onevision-tiny"')
     message = fails(capsys, 2, *args)
     assert names in message and message.strip().count("\n") == 0
@@ -128,14 +144,17 @@ def test_a_process_ends_with_the_one_that_began_it(tmp_path):
 def test_failing_notebook_gives_cell_and_cause(lab, capsys):
     lab.notebook("01_a", "1 + 1", "# far above\n" * 9 + "# the fraction\nx = 1/(n - 3)\n# below")
     message = fails(capsys, 1, "run", "1").split("\r")[-1]
-    assert "01_a failed in cell 3 of 3" in message and "x = 1/(n - 3)" in message and "below" not in message and message.count("far above") == 1 and "ZeroDivisionError: division by zero" in message
+    for part in ("01_a failed in cell 3 of 3", "x = 1/(n - 3)", "ZeroDivisionError: division by zero"):
+        assert part in message
+    assert "below" not in message and message.count("far above") == 1
     assert len(message.strip().splitlines()) <= 7
     lab.notebook("02_b", "1 +")
     assert "1 +" in (message := fails(capsys, 1, "run", "2")) and "SyntaxError" in message
 
 
 def test_a_benchmark_is_found_from_where_one_is(lab, capsys):
-    lab.notebook("01_a", "from pathlib import Path", "Path(benchmark, 'seen').write_text('here')", parameters='model = "toy"\nbenchmark = None')
+    lab.notebook("01_a", "from pathlib import Path", "Path(benchmark, 'seen').write_text('here')",
+                 parameters='model = "toy"\nbenchmark = None')
     (lab.root/"data").mkdir()
     assert cli.main(["run", "1", "-p", "benchmark=data"]) == 0 and (lab.root/"data"/"seen").is_file()
 
@@ -148,7 +167,8 @@ def test_dead_kernel(lab, capsys):
 @pytest.mark.slow
 def test_reproduce_continues_after_ctrl_c(lab):
     lab.notebook("01_a", 'open("a.log", "a").write("ran\\n")')
-    lab.notebook("02_b", "import time, pathlib\npathlib.Path('started').touch()\nif not pathlib.Path('go').exists(): time.sleep(120)")
+    lab.notebook("02_b", "import time, pathlib\npathlib.Path('started').touch()\n"
+                         "if not pathlib.Path('go').exists(): time.sleep(120)")
     lab.notebook("12_bench", "1/0")
     first = lab.start("reproduce", "--models", lab.toy)
     deadline = time.time() + 300
@@ -176,30 +196,38 @@ save_results(model, '{me}', {{}}, {{}})"""
 
 @pytest.mark.slow
 def test_small_models_run_side_by_side(lab, capfd, monkeypatch):
-    "Two notebooks that wait for each other end; each record names its own files; what needs the IDs of notebook 03 comes after it; their bars do not mix."
+    """Two notebooks that wait for each other end, and each record names the files that its notebook wrote.
+
+    What needs the IDs of notebook 03 comes after it; their bars do not mix."""
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
-    own = {"parameters": 'model = "llava-tiny"'}
-    lab.notebook("01_a", MEET.format(me="01_a", other="03_extraction"), **own)
-    lab.notebook("02_b", "assert open('03_extraction.done').read() == 'yes'", needs=["03_extraction"], **own)
-    lab.notebook("03_extraction", MEET.format(me="03_extraction", other="01_a"), "time.sleep(1); open('03_extraction.done', 'w').write('yes')", **own)
+    parameters = {"parameters": 'model = "llava-tiny"'}
+    lab.notebook("01_a", MEET.format(me="01_a", other="03_extraction"), **parameters)
+    lab.notebook("02_b", "assert open('03_extraction.done').read() == 'yes'", needs=["03_extraction"], **parameters)
+    lab.notebook("03_extraction", MEET.format(me="03_extraction", other="01_a"),
+                 "time.sleep(1); open('03_extraction.done', 'w').write('yes')", **parameters)
     code = runner.reproduce(["llava-tiny"])
     err = capfd.readouterr().err
     assert code == 0 and " cells [" not in err, err
-    records = {p.stem: json.loads(p.read_text())["files"] for p in (lab.root/"results"/"llava-tiny"/".runs").glob("*.json")}
-    assert {k: list(v) for k, v in records.items()} == {"01_a": ["01_a.json"], "02_b": [], "03_extraction": ["03_extraction.json"]}
+    runs = lab.root/"results"/"llava-tiny"/".runs"
+    records = {path.stem: list(json.loads(path.read_text())["files"]) for path in runs.glob("*.json")}
+    assert records == {"01_a": ["01_a.json"], "02_b": [], "03_extraction": ["03_extraction.json"]}
     assert runner.reproduce(["llava-tiny"]) == 0 and capfd.readouterr().out.count("already done") == 3
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 @pytest.mark.slow
 def test_whatever_ends_reproduce_ends_the_kernels_too(lab, how):
-    for name in ("01_a", "02_b"): lab.notebook(name, "import os, time; open('%s.pid', 'w').write(str(os.getpid()))\ntime.sleep(120)" % name, parameters='model = "llava-tiny"')
+    for name in ("01_a", "02_b"):
+        code = f"import os, time; open('{name}.pid', 'w').write(str(os.getpid()))\ntime.sleep(120)"
+        lab.notebook(name, code, parameters='model = "llava-tiny"')
     run = lab.start("reproduce", "--models", "llava-tiny")
     deadline, started = time.time() + 300, lambda: [p for p in (lab.root/"nbs").glob("*.pid") if p.read_text()]
     while len(started()) < min(2, os.cpu_count()) and time.time() < deadline and run.poll() is None: time.sleep(.1)
     run.send_signal(how)
     _, err = run.communicate(timeout=60)
-    assert "Traceback" not in err and (how == signal.SIGKILL or run.returncode == 130 and "Interrupted in 01_a · llava-tiny" in err and "leaked" not in err), err
+    assert "Traceback" not in err, err
+    if how != signal.SIGKILL:
+        assert run.returncode == 130 and "Interrupted in 01_a · llava-tiny" in err and "leaked" not in err, err
     kernels = [Path("/proc")/p.read_text() for p in started()]
     while any(k.exists() for k in kernels) and time.time() < deadline: time.sleep(.1)
     assert kernels and not any(k.exists() for k in kernels)
@@ -259,20 +287,22 @@ def test_read_only_or_full_disk(tmp_path, monkeypatch, error):
     target = store.write_json(tmp_path/"a.json", {"old": 1})
     def refuse(*_): raise error
     monkeypatch.setattr(os, "replace", refuse)
-    with pytest.raises(OSError, match=f"cannot write .*a.json: {error.strerror}. Make the folder writable"): store.write_json(target, {"new": 2})
+    message = f"cannot write .*a.json: {error.strerror}. Make the folder writable"
+    with pytest.raises(OSError, match=message): store.write_json(target, {"new": 2})
     assert json.loads(target.read_text()) == {"old": 1} and [p.name for p in tmp_path.iterdir()] == ["a.json"]
 
 
 def test_claims_json_and_rules(lab, capsys):
-    entry = {"id": "a", "source": "§1", "claim": "c", "paper": "1", "note": "", "measure": "", "rule": {"notebook": "03_x", "key": "claims.k", "op": ">=", "threshold": .5}}
-    lower = {**entry, "id": "b", "rule": {**entry["rule"], "threshold": .6}}
-    absent = {**entry, "id": "c", "rule": {**entry["rule"], "key": "claims.other"}}
-    (lab.root/"nbs"/"claims.json").write_text(json.dumps([entry, lower, absent, {**entry, "id": "d", "rule": None}]))
-    store.save_results("toy", "03_x", {"claims": {"k": {"value": .6, "low": .55, "high": .7, "n": 20}}}, {"model": "toy", "organism": True, "protocol": "paper"})
+    rule = {"notebook": "03_x", "key": "claims.k", "op": ">="}
+    lower, absent = claim("b", **rule, threshold=.6), claim("c", **{**rule, "key": "claims.other"}, threshold=.5)
+    write_claims(lab, claim("a", **rule, threshold=.5), lower, absent, {**claim("d"), "rule": None})
+    number, of_toy = {"value": .6, "low": .55, "high": .7, "n": 20}, {"model": "toy", "protocol": "paper"}
+    store.save_results("toy", "03_x", {"claims": {"k": number}}, {**of_toy, "organism": True})
     assert cli.main(["claims", "--model", "toy", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
     assert [r["status"] for r in rows] == ["holds", "does not hold", "not yet run", "not yet run"]
-    assert rows[0] == {"id": "a", "source": "§1", "paper": "1", "ours": .6, "low": .55, "high": .7, "n": 20, "model": "toy", "protocol": "paper", "status": "holds"}
+    measured = {"ours": .6, "low": .55, "high": .7, "n": 20}
+    assert rows[0] == {"id": "a", "source": "§1", "paper": "1", **measured, **of_toy, "status": "holds"}
     assert rows[3]["ours"] is None and rows[3]["model"] is None
     assert cli.main(["claims", "--model", "toy", "--markdown"]) == 0
     assert "| 0.60 [0.55, 0.70], n = 20, toy (organism) | holds |" in capsys.readouterr().out
@@ -284,10 +314,11 @@ def test_the_papers_claims(monkeypatch):
     entries = json.loads((ROOT/"nbs"/"claims.json").read_text(encoding="utf-8"))
     assert len({e["id"] for e in entries}) == len(entries) >= 60
     for e in entries:
-        assert set(e) - {"history"} == {"id", "source", "claim", "paper", "note", "measure", "rule"} and e["source"] and e["claim"]
+        assert set(e) - {"history"} == set(claim()) and e["source"] and e["claim"]
         assert all(set(h) == {"date", "was", "why"} and all(h.values()) for h in e.get("history", ()))
         if e["rule"]:
-            assert set(e["rule"]) - {"model", "named", "exact"} == {"notebook", "key", "op", "threshold"} and e["rule"]["op"] in OPS and e["measure"]
+            assert set(e["rule"]) - {"model", "named", "exact"} == {"notebook", "key", "op", "threshold"}
+            assert e["rule"]["op"] in OPS and e["measure"]
             assert e["rule"]["notebook"] in runner.notebooks()
     assert {r["status"] for r in runner.claims("llava-tiny")} <= {"holds", "does not hold", "not judged", "not yet run"}
 
@@ -305,16 +336,15 @@ def test_models(capsys):
 
 
 def test_a_claim_about_many_models_is_read_where_they_are_compared(lab, capsys):
-    entry = {"id": "all", "source": "§0", "claim": "", "paper": "", "note": "", "measure": "x", "rule": {"notebook": "13_models", "model": "models", "key": "claims.x", "op": ">", "threshold": 0}}
-    (lab.root/"nbs"/"claims.json").write_text(json.dumps([entry]))
-    store.save_results("models", "13_models", {"claims": {"x": {"value": 1, "low": .5, "high": 2, "n": 12}}}, {"protocol": "paper"})
+    write_claims(lab, claim("all", notebook="13_models", model="models"))
+    number = {"value": 1, "low": .5, "high": 2, "n": 12}
+    store.save_results("models", "13_models", {"claims": {"x": number}}, {"protocol": "paper"})
     row, = runner.claims("toy")
     assert (row["status"], row["model"], row["n"]) == ("holds", "models", 12)
 
 
 def test_what_a_model_cannot_give_is_read_from_the_model_that_the_rule_names(lab):
-    entry = {"id": "x", "source": "§0", "claim": "", "paper": "", "note": "", "measure": "x", "rule": {"notebook": "01_a", "model": "other", "key": "claims.x", "op": ">", "threshold": 0}}
-    (lab.root/"nbs"/"claims.json").write_text(json.dumps([entry]))
+    write_claims(lab, claim(model="other"))
     def write(name, number, **params):
         origin = {"protocol": "paper", "model": name, "params": params}
         store.save_results(name, "01_a", {"claims": {"x": number}}, origin)
@@ -323,7 +353,8 @@ def test_what_a_model_cannot_give_is_read_from_the_model_that_the_rule_names(lab
     row, = runner.claims("toy")
     assert (row["status"], row["reason"]) == ("not judged", "it has no table")
     lab.notebook("01_a", "pass")
-    assert "1 not judged, 0 not yet run" in runner.claims_text([row]) and "Not judged on this model: x (it has no table)." in runner.model_page("toy")
+    assert "1 not judged, 0 not yet run" in runner.claims_text([row])
+    assert "Not judged on this model: x (it has no table)." in runner.model_page("toy")
     write("other", number(1))
     row, = runner.claims("toy")
     assert (row["status"], row["model"], row["ours"]) == ("holds", "other", 1)
@@ -343,7 +374,8 @@ def test_a_figure_stands_on_the_page_under_its_heading(lab):
     path = lab.root/"nbs"/"01_a.ipynb"
     lab.notebook("01_a", 'from spatialid.store import save_figure\nsave_figure(fig, model, "one")')
     nb = nbformat.read(path, 4)
-    nb.cells[0:0] = [nbformat.v4.new_markdown_cell("# Title\n\n## Where it is\n\nText."), nbformat.v4.new_markdown_cell("No heading.")]
+    texts = "# Title\n\n## Where it is\n\nText.", "No heading."
+    nb.cells[0:0] = [nbformat.v4.new_markdown_cell(text) for text in texts]
     nbformat.write(nb, path)
     assert runner.figures_of(path) == {"one": "Where it is"}
     (lab.root/"results/toy").mkdir(parents=True)
@@ -375,7 +407,9 @@ save_results(model, name, {"n": n, "before": before}, {"params": {"quick": quick
 
 @pytest.mark.slow
 def test_a_model_in_short(lab, capsys):
-    "Only 02 to 04, with quick=True, into a folder of their own; a short run reads what short runs wrote; the same command again does nothing."
+    """Only 02 to 04, with quick=True, into a folder of their own.
+
+    A short run reads what short runs wrote; the same command again does nothing."""
     for name, n in (("02_mirror_swap", 1), ("03_extraction", 3), ("04_steering", 2), ("05_depth", 4)):
         lab.notebook(name, SAVES, parameters=f'model = "toy"\nname = "{name}"\nn = {n}\nquick = False')
     full = lab.root/"results"/"toy"/"03_extraction.json"
@@ -383,8 +417,9 @@ def test_a_model_in_short(lab, capsys):
     full.write_text('{"n": "of a full run"}')
     assert cli.main(["reproduce", "--short", "toy"]) == 0
     quick = full.parent/"quick"
-    assert sorted(p.name for p in quick.glob("*.json")) == ["02_mirror_swap.json", "03_extraction.json", "04_steering.json"]
-    assert store.read_results(quick/"04_steering.json") == {"provenance": {"params": {"quick": True}}, "n": 2, "before": 3}
+    assert sorted(path.stem for path in quick.glob("*.json")) == ["02_mirror_swap", "03_extraction", "04_steering"]
+    found = store.read_results(quick/"04_steering.json")
+    assert found == {"provenance": {"params": {"quick": True}}, "n": 2, "before": 3}
     assert "of a full run" in full.read_text()
     out = capsys.readouterr().out
     assert "03_extraction · toy (short): done" in out and f"numbers and figures in {quick}" in out
@@ -400,25 +435,28 @@ def test_what_reproduce_runs_unless_told():
 
 
 def test_models_take_turns(lab, monkeypatch):
-    "One notebook for every model before the next notebook, so that no model's longest one is left for the end; of several sizes of model each among its own."
+    """One notebook for every model before the next notebook, so that no model's longest one is left for the end.
+
+    Of several sizes of model each takes turns with those of its size."""
     for name in ("01_a", "02_b"): lab.notebook(name, parameters='model = "llava-tiny"')
     (lab.root/"other").mkdir()
     (lab.root/"other"/"config.json").write_text("{}")
-    asked = []
-    monkeypatch.setattr(runner, "_run_all", lambda jobs, workers, *rest: asked.append(([(p.stem, Path(m).name) for p, m, _ in jobs], workers)))
+    runs = []
+    def note(jobs, workers, *rest): runs.append(([(path.stem, Path(model).name) for path, model, _ in jobs], workers))
+    monkeypatch.setattr(runner, "_run_all", note)
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     runner.reproduce(["llava-tiny", lab.toy, "gemma3-tiny", str(lab.root/"other")])
     turns = lambda *models: [(name, m) for name in ("01_a", "02_b") for m in models]
-    assert asked == [(turns("llava-tiny", "gemma3-tiny"), 2), (turns("toy", "other"), 1)]
+    assert runs == [(turns("llava-tiny", "gemma3-tiny"), 2), (turns("toy", "other"), 1)]
 
 
 @pytest.mark.slow
 def test_the_claims_of_several_models_are_one_table(lab, capsys):
-    "A column for each model with what was measured on itself: a number of the model that a rule names counts there alone. One model of pictures keeps the long form."
+    """A column for each model with what was measured on itself; one model of pictures keeps the long form.
+
+    A number of the model that a rule names counts there alone."""
     lab.notebook("01_a", "print(model)")
-    rule = {"notebook": "01_a", "key": "claims.k", "op": ">", "threshold": 0}
-    entry = {"id": "own", "source": "§1", "claim": "c", "paper": "1", "note": "", "measure": "", "rule": rule}
-    (lab.root/"nbs"/"claims.json").write_text(json.dumps([entry, {**entry, "id": "named", "rule": {**rule, "key": "claims.l", "model": "other"}}]))
+    write_claims(lab, claim("own", key="claims.k"), claim("named", key="claims.l", model="other"))
     (lab.root/"other").mkdir()
     (lab.root/"other"/"config.json").write_text("{}")
     number = lambda low: {"value": low + 1, "low": low, "high": low + 2, "n": 20}
@@ -429,7 +467,8 @@ def test_the_claims_of_several_models_are_one_table(lab, capsys):
     assert ["own", "✗", "✓", "·"] in lines and ["named", "·", "✓", "·"] in lines, lines
     assert ["1", "toy:", "0", "of", "1", "hold"] in lines and ["2", "other:", "2", "of", "2", "hold"] in lines
     assert cli.main(["reproduce", "--models", lab.toy]) == 0
-    assert "1 holds, 1 does not hold, 0 not judged, 0 not yet run (measured on toy: 1, other: 1)" in capsys.readouterr().out
+    counts = "1 holds, 1 does not hold, 0 not judged, 0 not yet run (measured on toy: 1, other: 1)"
+    assert counts in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -511,12 +550,14 @@ def test_results_from_before_there_were_marks_are_told_by_their_provenance(tmp_p
 def test_results_can_be_named_once(tmp_path):
     run, other = tmp_path/"runs"/"ckpt", tmp_path/"else"/"ckpt"
     for folder in (run, other): folder.mkdir(parents=True)
-    assert store.own_results_dir(run, "mine").name == save_as(run, 1) == "mine" and store.results_dir(run).name == "mine"
+    assert store.own_results_dir(run, "mine").name == save_as(run, 1) == "mine"
+    assert store.results_dir(run).name == "mine"
     assert store.own_results_dir(run, "mine").name == "mine" and store.load_results("mine", "01_a")["x"] == 1
-    for model, name, words in ((other, "mine", "has the results of .*ckpt: give another name"), (run, "yours", "go on without a name"),
-                               (other, "llava-tiny", "has the results of llava-tiny"), ("llava-tiny", "mine", "is a name already"),
-                               (other, "../x", "cannot name a folder")):
-        with pytest.raises(ValueError, match=words): store.own_results_dir(model, name)
+    refused = {(other, "mine"): "has the results of .*ckpt: give another name", (run, "yours"): "go on without a name",
+               (other, "llava-tiny"): "has the results of llava-tiny", ("llava-tiny", "mine"): "is a name already",
+               (other, "../x"): "cannot name a folder"}
+    for model_and_name, words in refused.items():
+        with pytest.raises(ValueError, match=words): store.own_results_dir(*model_and_name)
     (tmp_path/"results"/"notes").mkdir()
     (tmp_path/"results"/"notes"/"a.txt").write_text("")
     with pytest.raises(ValueError, match="has the results of an unknown model"): store.own_results_dir(other, "notes")
@@ -528,13 +569,16 @@ def test_a_benchmark_that_cannot_serve_is_refused_before_the_run(lab, capsys):
     folder = write_benchmark(lab.root/"b", 12)
     rows = json.loads((folder/"coco_qa_two_obj.json").read_text())
     both = ["left_right", "above_below"]
-    for name, kinds, boxes in (("02_mirror_swap", both[:1], False), ("04_steering", both, False), ("06_diagnosis", both, True)):
-        asks = {"kinds": kinds, "boxes": boxes}
-        lab.notebook(name, parameters=f'model = {lab.toy!r}\nbenchmark = None', benchmark=asks)
-    (folder/"coco_qa_two_obj.json").write_text(json.dumps([r for r in rows if " of " in r[1].removeprefix("A photo of")]))
+    needs = {"02_mirror_swap": (both[:1], False), "04_steering": (both, False), "06_diagnosis": (both, True)}
+    for name, (kinds, boxes) in needs.items():
+        lab.notebook(name, parameters=f'model = {lab.toy!r}\nbenchmark = None',
+                     benchmark={"kinds": kinds, "boxes": boxes})
+    left_right = [row for row in rows if " of " in row[1].removeprefix("A photo of")]
+    (folder/"coco_qa_two_obj.json").write_text(json.dumps(left_right))
     (folder/"instances_val2017.json").rename(folder/"away.json")
     give = lambda number: ("run", number, "-p", f"benchmark={folder}")
-    assert "04_steering cannot take benchmark=" in (message := fails(capsys, 2, *give("04"))) and "none about" not in message
+    message = fails(capsys, 2, *give("04"))
+    assert "04_steering cannot take benchmark=" in message and "none about" not in message
     assert "asks no question about above/below" in message
     (folder/"coco_qa_two_obj.json").write_text(json.dumps(rows))
     assert "holds no instances_val2017.json" in fails(capsys, 2, *give("06"))

@@ -33,7 +33,7 @@ def picture(seed, px=16):
     return Image.fromarray(pixels)
 
 
-def ask(subject="cup", object="hot dog", seed=0, image=True, **kwargs):
+def query_about(subject="cup", object="hot dog", seed=0, image=True, **kwargs):
     words = {"subject": subject, "object": object}
     return Query(picture(seed) if image else None, QUESTION, words, ("left", "right"), "left", **kwargs)
 
@@ -48,13 +48,13 @@ def vector(vlm, seed=0): return torch.tensor(np.random.default_rng(seed).normal(
 # --- the size of a push
 
 def test_each_rule_is_its_formula():
-    x, to, frm = (torch.randn(3, 7, dtype=torch.float64) for _ in range(3))
+    x, to, origin = (torch.randn(3, 7, dtype=torch.float64) for _ in range(3))
     size, unit = x.norm(dim=1, keepdim=True), lambda v: v / v.norm(dim=1, keepdim=True)
-    assert torch.allclose(scaled(to, frm, x, 2, "raw"), 2 * (to - frm))
-    assert torch.allclose(scaled(to, frm, x, 2, "diff_norm"), 2 * size * unit(to - frm))
-    assert torch.allclose(scaled(to, frm, x, 2, "each_norm"), 2 * size * (unit(to) - unit(frm)))
+    assert torch.allclose(scaled(to, origin, x, 2, "raw"), 2 * (to - origin))
+    assert torch.allclose(scaled(to, origin, x, 2, "diff_norm"), 2 * size * unit(to - origin))
+    assert torch.allclose(scaled(to, origin, x, 2, "each_norm"), 2 * size * (unit(to) - unit(origin)))
     assert torch.allclose(scaled(to, None, x, 2), 2 * size * unit(to))
-    with pytest.raises(ValueError, match="diff_norm, each_norm, raw"): scaled(to, frm, x, 2, "other")
+    with pytest.raises(ValueError, match="diff_norm, each_norm, raw"): scaled(to, origin, x, 2, "other")
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -106,7 +106,7 @@ def by_hooks(vlm, batch, layer, where, v, scale, rule, steps):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_generation_with_a_cache_is_plain_hooks(family):
     vlm = VLM(*tiny(family, dtype=torch.float64), "tiny")
-    queries = [ask(), ask("dog", "cup", 1)]
+    queries = [query_about(), query_about("dog", "cup", 1)]
     batch = vlm.encode(queries)
     batch = {k: v.double() if torch.is_tensor(v) and v.is_floating_point() else v for k, v in batch.items()}
     layer, v = 2, vector(vlm)[1]
@@ -132,7 +132,7 @@ def test_generation_with_a_cache_is_plain_hooks(family):
 def test_nothing_remains_after_the_with(llava):
     count = lambda module: (len(module._forward_pre_hooks), len(module._forward_hooks))
     hooks = lambda: {name: count(module) for name, module in llava.model.named_modules()}
-    query = ask()
+    query = query_about()
     plain, before = llava.run(query).logits, hooks()
     with llava.steer(query, {"subject": vector(llava)}, layer=1): steered = llava.run(query).logits
     assert hooks() == before and torch.equal(llava.run(query).logits, plain) and not torch.equal(steered, plain)
@@ -143,22 +143,22 @@ def test_nothing_remains_after_the_with(llava):
 
 @pytest.mark.parametrize("rule", RULES)
 def test_steer_is_patch(llava, rule):
-    queries, to, frm = [ask(), ask("dog", "cat", 3)], vector(llava, 1)[1], vector(llava, 2)[1]
-    steered = lambda rows: rows + scaled(to, frm, rows, 2, rule)
+    queries, to, origin = [query_about(), query_about("dog", "cat", 3)], vector(llava, 1)[1], vector(llava, 2)[1]
+    steered = lambda rows: rows + scaled(to, origin, rows, 2, rule)
     with llava.patch({2: ("subject", steered)}): wanted = llava.run(queries).logits
-    with llava.steer(queries, {"subject": (to, frm)}, layer=2, scale=2, rule=rule): found = llava.run(queries).logits
+    with llava.steer(queries, {"subject": (to, origin)}, layer=2, scale=2, rule=rule): found = llava.run(queries).logits
     assert torch.equal(found, wanted)
 
 
 def test_a_layer_is_taken_from_vectors_of_all_layers(llava):
-    v, query = vector(llava), ask()
+    v, query = vector(llava), query_about()
     with llava.steer(query, {"object": v}, layer=3): one = llava.run(query).logits
     with llava.steer(query, {"object": v[2]}, layer=3): two = llava.run(query).logits
     assert torch.equal(one, two)
 
 
 def test_many_queries_in_any_batches(llava):
-    queries = [ask("cup", "star", 1), ask("hot dog", "cat", 2), ask("dog", "cup", 3)]
+    queries = [query_about("cup", "star", 1), query_about("hot dog", "cat", 2), query_about("dog", "cup", 3)]
     with llava.steer(queries, {"subject": vector(llava)}, layer=2):
         together = llava.run(queries).logits
         apart = torch.cat([llava.run(q).logits for q in queries[::-1]]).flip(0)
@@ -168,7 +168,7 @@ def test_many_queries_in_any_batches(llava):
 
 
 def test_captured_rows_are_the_steered_ones(llava):
-    query, v = ask(), vector(llava)[1]
+    query, v = query_about(), vector(llava)[1]
     before = llava.run(query, [2], "subject").residual(2)
     with llava.steer(query, {"subject": v}, layer=2): after = llava.run(query, [2], "subject").residual(2)
     assert torch.allclose(after - before, v.expand_as(before), atol=1e-12)
@@ -176,21 +176,21 @@ def test_captured_rows_are_the_steered_ones(llava):
 
 def test_mllama_without_a_picture():
     vlm = VLM(*tiny("mllama", dtype=torch.float64), "tiny")
-    query = ask(image=False)
+    query = query_about(image=False)
     plain = vlm.run(query).logits
     for layer in (1, 2): # nothing reads the word after block 3, where block 4 is skipped
         with vlm.steer(query, {"subject": vector(vlm)}, layer=layer):
             assert not torch.equal(vlm.run(query).logits, plain)
     with pytest.raises(ValueError, match="only words"):
-        with vlm.steer(ask(), {"image": vector(vlm)}, layer=1): pass
+        with vlm.steer(query_about(), {"image": vector(vlm)}, layer=1): pass
 
 
 def test_what_cannot_be_steered_is_said(llava):
-    query, v = ask(), vector(llava)
+    query, v = query_about(), vector(llava)
     def says(text, call, **kwargs):
         with pytest.raises(ValueError, match=text):
             with llava.steer(*kwargs.pop("args", (query, {"subject": v})), **{"layer": 1, **kwargs}): call()
-    says("none of the 1 that are steered", lambda: llava.run(ask("dog")))
+    says("none of the 1 that are steered", lambda: llava.run(query_about("dog")))
     says("no layer 9", lambda: None, layer=9)
     says("nothing to steer", lambda: None, args=(query, {}))
     says("nothing to steer", lambda: None, args=(query, np.zeros(64)))
@@ -209,7 +209,7 @@ def test_what_cannot_be_steered_is_said(llava):
 # --- places and edits
 
 def grid_ids(vlm, m=4, seed=0, linear=False):
-    "IDs of a model, one object, one size; linear in column and row if asked for."
+    "IDs of a model, one object, one size; linear in column and row if queries for."
     g = np.random.default_rng(seed)
     table = g.normal(size=(1, 1, vlm.n_layers, m, m, vlm.width))
     if linear:
@@ -240,8 +240,8 @@ def test_places_are_exact_at_cells_and_linear_between_and_beyond():
 
 def test_moves_take_every_row_of_every_query_to_its_place(llava):
     ids = grid_ids(llava)
-    to, frm = np.array([[[0, 0], [3, 1]], [[2, 2], [1, 0]]]), np.array([[[3, 0], [0, 1]], [[0, 2], [1, 3]]])
-    found = st.moves(ids, to, frm)(2, slice(1, 2))
+    to, origin = np.array([[[0, 0], [3, 1]], [[2, 2], [1, 0]]]), np.array([[[3, 0], [0, 1]], [[0, 2], [1, 3]]])
+    found = st.moves(ids, to, origin)(2, slice(1, 2))
     grid = ids.at(2)
     assert np.allclose(found[0], [[grid[2, 2], grid[0, 1]]]) and np.allclose(found[1], [[grid[2, 0], grid[3, 1]]])
     assert st.moves(ids, to)(2, slice(0, 2))[1] is None
@@ -249,24 +249,24 @@ def test_moves_take_every_row_of_every_query_to_its_place(llava):
 
 
 def test_an_edit_of_a_sweep_is_steering_the_model(llava):
-    ids, queries = grid_ids(llava), [ask("cup", "star", i) for i in range(3)]
-    to, frm = np.tile([[[0, 0], [3, 0]]], (3, 1, 1)), np.tile([[[3, 0], [0, 0]]], (3, 1, 1))
+    ids, queries = grid_ids(llava), [query_about("cup", "star", i) for i in range(3)]
+    to, origin = np.tile([[[0, 0], [3, 0]]], (3, 1, 1)), np.tile([[[3, 0], [0, 0]]], (3, 1, 1))
     for rule in RULES:
-        s = sweep(llava, queries, edits={"ID": (("subject", "object"), st.pushing(st.moves(ids, to, frm), 2, rule))})
+        s = sweep(llava, queries, edits={"ID": (("subject", "object"), st.pushing(st.moves(ids, to, origin), 2, rule))})
         for layer in (1, 3):
             left, right = (torch.as_tensor(ids.at(layer)[0, x]) for x in (0, 3))
             with llava.steer(queries, {"subject": (left, right), "object": (right, left)}, layer, 2, rule):
                 steered = llava.run(queries)
             assert (steered.log_probs - s.log_probs["ID"][layer - 1]).abs().max() < 1e-10
     ids.table *= 0
-    s = sweep(llava, queries, edits={"ID": ("subject", st.pushing(st.moves(ids, to[:, :1], frm[:, :1])))})
+    s = sweep(llava, queries, edits={"ID": ("subject", st.pushing(st.moves(ids, to[:, :1], origin[:, :1])))})
     assert (s.log_probs["ID"] - s.base_log_probs).abs().max() < 1e-12, "a push of nothing changes nothing"
 
 
 def test_controls_have_the_norm_of_what_they_replace(llava):
     ids, rows = grid_ids(llava), torch.randn(3, 2, llava.width, dtype=torch.float64)
-    to, frm = permuted_places(3, 4, 0, 0)
-    find = st.moves(ids, to, frm)
+    to, origin = permuted_places(3, 4, 0, 0)
+    find = st.moves(ids, to, origin)
     for rule in RULES:
         one = st.pushing(find, 2, rule)(rows, 1, slice(0, 3)) - rows
         other = st.pushing(find, 2, rule, instead=st.gaussian(llava.width, 2, 0, 0))(rows, 1, slice(0, 3)) - rows
@@ -284,19 +284,20 @@ def test_noise_depends_on_query_layer_and_draw_alone():
     assert np.abs(st.gaussian(8, 2, 0, 0, lambda layer: basis)(1, slice(0, 5)) @ basis.T).max() < 1e-12
 
 
-def test_dealt_cells_differ_and_the_object_goes_the_other_way():
-    to, frm = permuted_places(50, 4, 0, 0)
-    assert to.shape == (50, 2, 2) and to.min() >= 0 and to.max() <= 3 and (to[:, 0] != frm[:, 0]).any(1).all()
-    assert np.array_equal(to[:, 0], frm[:, 1]) and np.array_equal(to[:, 1], frm[:, 0])
+def test_permuted_cells_differ_and_the_object_goes_the_other_way():
+    to, origin = permuted_places(50, 4, 0, 0)
+    assert to.shape == (50, 2, 2) and to.min() >= 0 and to.max() <= 3 and (to[:, 0] != origin[:, 0]).any(1).all()
+    assert np.array_equal(to[:, 0], origin[:, 1]) and np.array_equal(to[:, 1], origin[:, 0])
 
 
 # --- questions
 
 def test_opposing_pushes_oppose_the_belief():
     text, words = "Is the {subject} above or below the {object}?", {"subject": "cup", "object": "star"}
-    queries = [ask(), ask(), Query(None, text, words, ("above", "below"))]
-    to, frm = st.opposing(queries, ["left", "right", "below"])
-    assert frm.tolist() == [[[0, 0], [3, 0]], [[3, 0], [0, 0]], [[0, 3], [0, 0]]] and np.array_equal(to, frm[:, ::-1])
+    queries = [query_about(), query_about(), Query(None, text, words, ("above", "below"))]
+    to, origin = st.opposing(queries, ["left", "right", "below"])
+    assert origin.tolist() == [[[0, 0], [3, 0]], [[3, 0], [0, 0]], [[0, 3], [0, 0]]]
+    assert np.array_equal(to, origin[:, ::-1])
 
 
 @pytest.mark.slow
@@ -335,16 +336,16 @@ def test_arranged_scenes_ask_what_they_show():
 
 def test_the_edits_of_figure_2():
     vlm, g = VLM.load("llava-tiny"), np.random.default_rng(0)
-    asked = questions(FreeScenes(100, seed=4), 4)
+    queries = questions(FreeScenes(100, seed=4), 4)
     ids = random_ids(vlm, g)
-    edits = st.adversarial(vlm, ids, asked, [q.truth for q in asked], alpha=3.0, n_noise=2)
+    edits = st.adversarial(vlm, ids, queries, [q.truth for q in queries], alpha=3.0, n_noise=2)
     assert list(edits) == ["ID", "noise 0", "noise 1"]
     rows = torch.tensor(g.standard_normal((4, 2, vlm.width)))
     push = {name: edit(rows, 2, slice(0, 4)) - rows for name, (_, edit) in edits.items()}
     for p in push.values(): assert torch.allclose(p.norm(dim=-1), 3 * rows.norm(dim=-1))
-    to = {"left": (3, 0), "right": (0, 0), "above": (0, 3), "below": (0, 0)}[asked[0].truth]
-    frm = {"left": (0, 0), "right": (3, 0), "above": (0, 0), "below": (0, 3)}[asked[0].truth]
-    step = torch.tensor(ids.step(frm, to, 2))
+    to = {"left": (3, 0), "right": (0, 0), "above": (0, 3), "below": (0, 0)}[queries[0].truth]
+    origin = {"left": (0, 0), "right": (3, 0), "above": (0, 0), "below": (0, 3)}[queries[0].truth]
+    step = torch.tensor(ids.step(origin, to, 2))
     assert torch.allclose(push["ID"][0, 0] / push["ID"][0, 0].norm(), step / step.norm())
     assert abs(torch.cosine_similarity(push["noise 0"][0, 0], step, dim=0)) < .5
     assert not torch.equal(push["noise 0"], push["noise 1"])
@@ -364,15 +365,15 @@ def test_strength_is_relative_norm_times_fit():
 
 def test_a_point_of_figure_9():
     vlm, g = VLM.load("llava-tiny"), np.random.default_rng(0)
-    asked = questions(FreeScenes(100, seed=4), 6)
+    queries = questions(FreeScenes(100, seed=4), 6)
     ids = random_ids(vlm, g)
-    s = sweep(vlm, asked, edits=st.adversarial(vlm, ids, asked, vlm.run(asked).beliefs, n_noise=2))
-    one = st.fig9_numbers(vlm, ids, vlm.run(asked, s.layers, ("subject", "object")), s)
+    s = sweep(vlm, queries, edits=st.adversarial(vlm, ids, queries, vlm.run(queries).beliefs, n_noise=2))
+    one = st.fig9_numbers(vlm, ids, vlm.run(queries, s.layers, ("subject", "object")), s)
     was = s.base_log_probs.argmax(-1)
     turned = lambda name: (s.log_probs[name].argmax(-1) != was).double().numpy()[2:5]
     gain = turned("ID") - (turned("noise 0") + turned("noise 1")) / 2
     assert one["steerability"]["value"] == pytest.approx(gain.mean())
-    x = vlm.run(asked, [3], "subject").residual(3)[:, 0].norm(dim=-1).mean()
+    x = vlm.run(queries, [3], "subject").residual(3)[:, 0].norm(dim=-1).mean()
     relative = float(np.linalg.norm(ids.ids[2], axis=-1).mean() / x)
     assert one["strength"]["by_layer"][3]["relative_norm"] == pytest.approx(relative, rel=1e-5)
     assert one["strength"]["by_layer"][3]["r2"] < .5, "random IDs are not linear in the place"
@@ -419,11 +420,11 @@ def test_thirds_and_slopes():
 
 
 def test_the_released_script_finds_every_equal_token(llava):
-    query = ask("dog", "hot dog")
+    query = query_about("dog", "hot dog")
     of_subject = st.occurrences(llava, query, "subject")
     assert len(of_subject) == 2 and of_subject == st.occurrences(llava, query, "object")
-    assert len(st.occurrences(llava, ask("cup", "star"), "subject")) == 1
-    scale = st.released_scale(llava, [query, ask("cup", "star")], 5, [1, 2])(1, slice(0, 2))
+    assert len(st.occurrences(llava, query_about("cup", "star"), "subject")) == 1
+    scale = st.released_scale(llava, [query, query_about("cup", "star")], 5, [1, 2])(1, slice(0, 2))
     assert (scale[0] > 5).all() and torch.equal(scale[1], torch.full((2, 1), 5.0))
 
 
@@ -440,7 +441,7 @@ def test_ids_are_read_at_the_words_of_the_relation(llava):
 
 
 def test_a_pad_of_places(llava):
-    ids, query = grid_ids(llava, linear=True), ask()
+    ids, query = grid_ids(llava, linear=True), query_about()
     log_odds, before = st.pad_odds(llava, ids, query, (1, 1), [(1, 1), (3, 1)])
     assert log_odds.shape == (2, llava.n_layers)
     assert np.allclose(log_odds[0], before)
@@ -515,30 +516,31 @@ def test_a_dose_is_chosen_by_the_gain_on_the_first_questions_alone():
 
 def test_each_word_is_moved_by_the_ids_of_its_slot(llava):
     first, second = grid_ids(llava, seed=0), grid_ids(llava, seed=1)
-    to, frm = permuted_places(3, 4, 0, 0)
-    found = st.moves_by_slot([first, second], to, frm)(2, slice(1, 3))
-    for end, places in zip(found, (to, frm)):
+    to, origin = permuted_places(3, 4, 0, 0)
+    found = st.moves_by_slot([first, second], to, origin)(2, slice(1, 3))
+    for end, places in zip(found, (to, origin)):
         wanted = [at_place(torch.as_tensor(ids.at(2)), places[1:3, k]) for k, ids in enumerate((first, second))]
         assert end.shape == (2, 2, llava.width) and torch.equal(end, torch.stack(wanted, 1))
-    same = st.moves_by_slot([first, first], to, frm)(2, slice(0, 3))
-    assert all(torch.equal(a, b) for a, b in zip(same, st.moves(first, to, frm)(2, slice(0, 3))))
-    with pytest.raises(ValueError, match="1 sets of IDs for 2 words"): st.moves_by_slot([first], to, frm)
+    same = st.moves_by_slot([first, first], to, origin)(2, slice(0, 3))
+    assert all(torch.equal(a, b) for a, b in zip(same, st.moves(first, to, origin)(2, slice(0, 3))))
+    with pytest.raises(ValueError, match="1 sets of IDs for 2 words"): st.moves_by_slot([first], to, origin)
 
 
 def test_edits_of_all_doses(llava):
     ids, rows = grid_ids(llava), torch.randn(3, 2, llava.width, dtype=torch.float64)
-    to, frm = permuted_places(3, 4, 0, 0)
+    to, origin = permuted_places(3, 4, 0, 0)
     permuted = [st.moves(ids, *permuted_places(3, 4, 0, 1))]
     noise = [st.gaussian(llava.width, 2, 0, i) for i in range(2)]
-    edits = st.dose_edits(st.moves(ids, to, frm), permuted, noise, (0.25, 5.0))
-    assert list(edits) == [f"{name} {a}" for a in ("0.25", "5") for name in ("ID", "noise 0", "noise 1", "permuted 0")]
+    edits = st.dose_edits(st.moves(ids, to, origin), permuted, noise, (0.25, 5.0))
+    arms = ("ID", "noise 0", "noise 1", "permuted places 0")
+    assert list(edits) == [f"{name} {a}" for a in ("0.25", "5") for name in arms]
     for name, (group, edit) in edits.items():
         push = edit(rows, 1, slice(0, 3)) - rows
         assert group == st.BOTH and torch.allclose(push.norm(dim=-1), float(name.split()[-1]) * rows.norm(dim=-1))
 
 
 def test_the_ceiling_exchanges_rows_with_the_mirrored_picture(llava):
-    queries = [ask(seed=i, subject=s) for i, s in enumerate(("cup", "hot dog", "star"))]
+    queries = [query_about(seed=i, subject=s) for i, s in enumerate(("cup", "hot dog", "star"))]
     found = st.mirror_swaps(llava, queries, [1, 3])
     assert list(found) == ["last sub-token", "whole words"] and all(v.shape == (2, 3) for v in found.values())
     rows = [llava.positions(q, st.whole_words(llava)) for q in queries]
@@ -574,6 +576,574 @@ def test_figures_of_the_dose():
     st.plot_estimates(rows, [("a", st.wilson([1, 0]), "k"), ("b", st.wilson([0, 0]), "k")])
     assert [t.get_text() for t in rows.get_yticklabels()] == ["a", "b"]
     assert st.listed_layers([3, 4, 5]) == "3, 4, 5" and st.listed_layers([13, 16, 17, 20]) == "13-20"
+
+
+# --- what stands behind the figures: functions of the story cells
+
+def swept(changes, base=((0.0, 0.0),) * 4, truth=(0, 1, 0, 1), layers=(1, 2)):
+    "A sweep whose edits change log-probabilities as given: {name: broadcast to (L, B, 2)}."
+    base = torch.tensor(base, dtype=torch.float64)
+    shape = (len(layers), *base.shape)
+    log_probs = {name: base + torch.tensor(np.broadcast_to(v, shape).copy()) for name, v in changes.items()}
+    return Sweep(list(layers), log_probs, base, None, np.array(truth), "fast", None, 0)
+
+
+def title(ax):
+    "The title of a panel in the project's style: on the left."
+    return ax.get_title(loc="left")
+
+
+def pushed_rows(edit, vlm, n, seed=0, layer=2):
+    "Rows before an edit, and what it adds to them."
+    group, new = edit
+    words = 2 if group == st.BOTH or callable(group) else 1
+    rows = torch.tensor(np.random.default_rng(seed).normal(size=(n, words, vlm.width)))
+    return rows, new(rows, layer, slice(0, n)) - rows
+
+
+@pytest.fixture(scope="module")
+def small(): return VLM.load("llava-tiny")
+
+
+@pytest.fixture(scope="module")
+def mixed():
+    "Questions of both kinds about generated scenes."
+    return st.QuestionSource(seed=1, px=80).questions("test", 6)
+
+
+def test_questions_come_from_scenes_of_an_experiment_or_from_the_benchmark(tmp_path):
+    source = st.QuestionSource(seed=1, px=32, instruction=" Answer {} or {}.")
+    found = source.questions("here", 4)
+    assert [q.kind for q in found] == ["left_right", "above_below"] * 2
+    assert all(q.text.endswith(f" Answer {' or '.join(q.answers)}.") for q in found)
+    first, other = (next(iter(source.scenes(name))) for name in ("here", "there"))
+    assert first.things != other.things, "no two experiments share their scenes"
+    assert source.number() == 200
+    rows = st.QuestionSource(px=32, benchmark=write_benchmark(tmp_path, 8, px=32))
+    assert rows.number() == len(Benchmark(rows.benchmark))
+    assert {q.kind for q in rows.questions("any", 4, ("left_right",))} == {"left_right"}
+
+
+def test_answers_and_kinds_of_questions(mixed):
+    beliefs = [q.truth for q in mixed[:-1]] + ["neither"]
+    assert st.answers_right(mixed, beliefs).tolist() == [True] * 5 + [False]
+    kinds = st.masks_of_kinds(mixed)
+    assert kinds["left/right questions"].tolist() == [True, False] * 3
+    assert (kinds["left/right questions"] ^ kinds["above/below questions"]).all()
+    fig = st.plot_answers(mixed, beliefs)
+    assert [ax.get_xlabel() for ax in fig.axes][-1] == f"{mixed[-1].truth}; the model: neither"
+
+
+def test_a_model_answers_in_words_while_it_is_steered(small, mixed):
+    query, ids = mixed[0], random_ids(small, np.random.default_rng(0))
+    said = st.words_said(small, query)
+    assert said in query.answers
+    found = st.steered_answers(small, ids, query, said, [1, 3], (0, 5.0))
+    assert found["as it is"] == said and found["α = 0, after each block"] == [said] * 2
+    cell = {"left": 0, "right": 3}
+    step = ids.step((cell[said], 0), (3 - cell[said], 0))
+    with small.steer(query, {"subject": step, "object": -step}, layer=3, scale=5, rule="diff_norm"):
+        assert found["α = 5, after each block"][1] == st.words_said(small, query)
+
+
+def test_the_arms_of_figure_2(small, mixed):
+    ids, beliefs = random_ids(small, np.random.default_rng(0)), [q.truth for q in mixed]
+    edits = st.fig2_edits(small, ids, mixed, beliefs, 3.0, n_noise=2, n_controls=2)
+    draws = st.draws_of_arms(edits)
+    assert list(draws) == list(st.ARMS) and sum(map(len, draws.values())) == len(edits)
+    assert draws["noise"] == ["noise 0", "noise 1"] and draws["ID"] == ["ID"]
+    push = {name: pushed_rows(edit, small, 6)[1] for name, edit in edits.items() if edit[0] == st.BOTH}
+    assert torch.allclose(push["agreeing ID"], -push["ID"])
+    basis = torch.tensor(st.orthonormal(ids.axes(2)))
+    assert (push["off the plane 0"] @ basis.T).abs().max() < 1e-8 < (push["noise 0"] @ basis.T).abs().max()
+    for name, v in push.items(): assert torch.allclose(v.norm(dim=-1), push["ID"].norm(dim=-1)), name
+    rows, alone = pushed_rows(edits["object only"], small, 6)
+    both = edits["ID"][1](torch.cat([rows, rows], 1), 2, slice(0, 6))
+    assert edits["object only"][0] == "object" and torch.allclose(rows + alone, both[:, 1:])
+
+
+def test_swaps_of_a_dose_come_from_the_sweep_that_has_it():
+    turned, kept = [2.0, 0], [0.0, 0]
+    opposed = swept({"ID": turned, "noise 0": kept, "noise 1": turned}, base=((0.0, 1),) * 4, layers=(1, 2, 3))
+    by_dose = swept({"ID 0.5": kept, "noise 0 0.5": kept, "noise 1 0.5": kept}, base=((0.0, 1),) * 4, layers=(2, 3))
+    draws = st.draws_of_arms(opposed.names)
+    swaps = {dose: st.swaps_at_dose(by_dose, opposed, dose, draws) for dose in (0.5, 5.0)}
+    assert swaps[0.5]["ID"].shape == swaps[5.0]["ID"].shape == (2, 4)
+    assert swaps[0.5]["ID"].sum() == 0 and (swaps[5.0]["ID"] == 1).all() and (swaps[5.0]["noise"] == 0.5).all()
+    swaps[5.0]["ID"][1] = 0
+    found = st.dose_readings(swaps, [2, 3], 2, 6)
+    assert list(found) == ["layer 2", "middle third"]
+    assert [found[where][5.0]["ID"]["value"] for where in found] == [1, 0], "3 and 4, of which 3 was swept"
+    assert list(st.dose_readings(swaps, [2, 3], 5, 15)) == [], "nothing that was not swept"
+
+
+def test_doses_still_to_be_swept(small, mixed):
+    assert st.other_doses(5.0, (20.0,)) == [0.25, 0.5, 1.0, 2.0, 10.0, 20.0]
+    ids, beliefs = random_ids(small, np.random.default_rng(0)), [q.truth for q in mixed]
+    edits = st.fig2_dose_edits(small, ids, mixed, beliefs, [1.0, 20.0], n_noise=2, n_controls=1)
+    assert list(edits) == ["ID 1", "noise 0 1", "noise 1 1", "permuted places 0 1", "ID 20", "noise 0 20"]
+    opposed = st.fig2_edits(small, ids, mixed, beliefs, 20.0, n_noise=1, n_controls=1)
+    for name in ("ID", "noise 0"):
+        pushes = [pushed_rows(edit, small, 6)[1] for edit in (opposed[name], edits[f"{name} 20"])]
+        assert torch.allclose(*pushes), "the same draws as Figure 2"
+
+
+def test_ids_of_the_second_noun_are_those_of_the_model(llava, tmp_path, monkeypatch):
+    monkeypatch.setenv("SPATIALID_RESULTS", str(tmp_path))
+    ids, second = grid_ids(llava), grid_ids(llava, seed=1)
+    assert st.second_noun_ids("llava-tiny", ids) is None
+    second.save(st.results_dir("llava-tiny")/"spatial_ids_second.safetensors")
+    ids.provenance, ids.protocol = second.provenance, "released"
+    found = st.second_noun_ids("llava-tiny", ids)
+    assert np.allclose(found.table, second.table) and found.protocol == "released"
+    ids.provenance = {"weight_hash": "other"}
+    with pytest.raises(ValueError, match="run notebook 03 again"): st.second_noun_ids("llava-tiny", ids)
+
+
+def doses_of(L=3, B=8):
+    "Swaps that choose α = 1 and the second of L layers."
+    swaps = {a: {arm: np.zeros((L, B)) for arm in st.DOSE_COLUMNS[:3]} for a in st.DOSES}
+    swaps[1.0]["ID"][1] = 1
+    swaps[5.0]["ID"][2, :6] = 1
+    return swaps
+
+
+def test_the_chosen_dose_stands_beside_that_of_the_paper():
+    rows = st.dose_choices(doses_of(), [3, 4, 5], 4)
+    chosen, paper = rows.values()
+    assert (chosen["alpha"], chosen["layer"], chosen["ID"]["value"]) == (1.0, 4, 1)
+    assert (paper["alpha"], paper["layer"], paper["ID"]["value"]) == (5.0, 5, 0.5)
+    lines = st.dose_table(rows).splitlines()
+    assert len(lines) == 4 and lines[2].startswith("| dose chosen | 1 | 4 | 1.00 [0.51, 1.00] |")
+
+
+def test_the_ceiling_is_chosen_on_the_first_questions_and_reported_on_the_others():
+    swaps, which = doses_of(), np.array([0, 2, 4, 6])  # of eight questions every other one
+    turns = {"words": np.array([[1.0, 1, 0, 1], [0, 0, 1, 1], [0, 0, 1, 1]])}
+    found = st.ceiling_numbers(turns, swaps, [3, 4, 5], {"alpha": 1.0, "layer": 4}, which, 4)
+    assert found["at the chosen layer"]["words"]["value"] == 1
+    assert found["best layer, chosen on half"]["words"]["layer"] == 3
+    assert found["best layer, chosen on half"]["words"]["value"] == 0.5
+    assert found["same questions"]["ID"]["n"] == 2 and found["same questions"]["gain"]["value"] == 1
+    assert found["efficiency"]["words"]["not_judged"]
+
+
+def test_figures_of_the_chosen_dose():
+    swaps = doses_of()
+    rows = st.dose_choices(swaps, [3, 4, 5], 4)
+    best = {"words": {"layer": 4, **st.wilson([1, 0])}}
+    ceiling = {"same questions": rows["dose chosen"], "best layer, chosen on half": best}
+    assert st.layers_beside([3, 4, 5, 6], 4, 6) == [3, 4, 5, 6] and st.layers_beside([3, 4, 5, 6], 3, 9) == [3, 4]
+    points = st.dose_points(rows, ceiling)
+    assert len(points) == 3 + 3 + 2 + 1 and points[0][0] == "ID, dose chosen" and "ℓ = 4" in points[-1][0]
+    fig = st.plot_dose_choice(swaps, [3, 4, 5], [3, 4, 5], rows, ceiling, 4, "toy")
+    assert [title(ax) for ax in fig.axes[:3]] == ["layer 3", "layer 4, chosen", "layer 5"]
+
+
+def test_the_figure_and_claims_of_figure_2():
+    swaps = {arm: np.zeros((9, 8)) for arm in st.ARMS}
+    swaps["ID"][3], swaps["noise"][3] = 1, 0.25
+    numbers = st.readings(swaps, list(range(1, 10)), 9)
+    claims = st.fig2_claims(swaps, numbers, list(range(1, 10)))
+    assert [claims[key]["value"] for key in ("id_swaps", "gain", "noise_far_less")] == [1, 0.75, 0.5]
+    assert claims["noise_far_less"]["n"] == 4
+    dose_at = st.dose_readings({1.0: swaps, 5.0: swaps}, list(range(1, 10)), 4, 9)
+    fig = st.plot_fig2(swaps, list(range(1, 10)), numbers, dose_at, 5.0)
+    by_layer, by_rule, by_dose = fig.axes
+    assert np.allclose(by_layer.lines[0].get_ydata(), swaps["ID"].mean(1)) and "n = 8" in title(by_layer)
+    labels = [line.get_label() for line in by_layer.lines]
+    assert "agreeing ID" in labels and "subject only" not in labels
+    assert "paper, ID (64.4 %)" in [line.get_label() for line in by_rule.lines]
+    assert np.allclose(by_dose.lines[0].get_ydata(), 1)
+    assert [t.get_text() for t in by_dose.get_xticklabels()] == ["1", "5"]
+    found = st.wilson_by_layer({1.0: swaps}, slice(4, None))
+    assert found[1.0]["ID"][3]["value"] == 1 and found[1.0]["ID"][3]["n"] == 4
+
+
+def test_norms_of_steered_words(llava):
+    ids, queries = grid_ids(llava), [query_about("cup", "star", i) for i in range(2)]
+    to, origin = permuted_places(2, 4, 0, 0)
+    find, run = st.moves(ids, to, origin), llava.run(queries, [1, 3], st.BOTH)
+    growth = st.norm_growth(run, find, [1, 3], "raw", 2.0)
+    x, (there, here) = run.residual(3).double(), find(3, slice(None))
+    wanted = ((x + 2 * (there - here)).norm(dim=-1) / x.norm(dim=-1)).mean(1)
+    assert growth.shape == (2, 2) and np.allclose(growth[1], wanted, rtol=1e-4)
+    norms, size = st.norm_numbers(run, find, [1, 3], 5.0)
+    assert list(norms) == ["each_norm, α = 5", "diff_norm, α = 5", "raw, α = 5", "diff_norm, α = 1", "raw, α = 1"]
+    assert 4 <= norms["diff_norm, α = 5"]["value"] <= 6, "a push of five times the norm"
+    assert size["value"] == pytest.approx(np.abs(st.norm_growth(run, find, [1, 3], "each_norm", 5.0) - 1).mean())
+
+
+def test_each_variant_changes_one_choice(small, mixed):
+    ids, beliefs = random_ids(small, np.random.default_rng(0)), [q.truth for q in mixed]
+    edits = st.variant_edits(small, ids, mixed, beliefs, [2], 5.0)
+    assert next(iter(edits)) == "subject only/noise" and len(edits) == 1 + 2 * 8
+    headline = pushed_rows(st.fig2_edits(small, ids, mixed, beliefs)["ID"], small, 6)[1]
+    names = {name.split("/")[0] for name in edits} - {"subject only"}
+    for name in names:
+        (_, one), (_, noise) = (pushed_rows(edits[f"{name}/{arm}"], small, 6) for arm in ("ID", "noise"))
+        assert torch.allclose(one.norm(dim=-1), noise.norm(dim=-1)) and not torch.allclose(one, noise)
+        same = name in ("against the truth, not the belief", "IDs of the largest objects only",
+                        "norm and token of the released script")
+        assert torch.allclose(one, headline) == same, name
+    two = {name: edits[name] for name in ("subject only/noise", "rule raw, α = 5/ID")}
+    s = sweep(small, mixed, layers=[2], edits=two)
+    swaps = st.swaps_of_variants(s)
+    assert {name: list(v) for name, v in swaps.items()} == {"subject only": ["noise"], "rule raw, α = 5": ["ID"]}
+    assert swaps["subject only"]["noise"].shape == (1, 6)
+    assert st.largest_only(ids).protocol == "released" and ids.protocol == "paper"
+
+
+def test_words_that_stand_twice(llava):
+    queries = [query_about("dog", "hot dog"), query_about("cup", "star")]
+    assert st.repeated_words(llava, queries) == {"repeated": 2, "of": 4}
+
+
+def test_beliefs_in_other_scorings(small, mixed):
+    left, above = mixed[:2]
+    right = small.tokenizer("right", add_special_tokens=False)["input_ids"][-1]
+    logits = torch.zeros(2, len(small.tokenizer) + 1)
+    logits[:, small.answer_ids(left)[1][0]] = 9
+    logits[:, right] += 1
+    assert st.word_said(small, [left, above])(logits).tolist() == [1, st.NEITHER]
+    spelled = st.one_spelling(small, [left], lambda answer: answer)
+    assert spelled(logits[:1]).tolist() == [1]
+    alike = st.one_spelling(small, [left, above], lambda answer: "the")
+    assert alike(logits).tolist() == [st.UNREADABLE] * 2
+    names = ["answer “ left”", "answer “ Left”", "answer “left”", "the word said"]
+    assert list(st.other_scorings(small, mixed)) == names
+
+
+def test_swaps_of_another_scoring_are_counted_where_a_belief_can_be_read():
+    code = {"clean": [0, 0, 0, 1, -1, -2], "id": [1, 1, 1, 1, 1, 1], "noise": [0, 0, 0, 0, -1, 0]}
+    names = {i: values for i, values in enumerate(code.values())}
+    read = lambda logits: torch.tensor(names[int(logits)])
+    found = st.scoring_numbers(read, 0, {"ID": 1, "noise 0": 2}, np.array([0, 0, 0, 0, 0, 0]))
+    assert found["ID"]["n"] == 2, "of the second half, less what cannot be read"
+    assert found["ID"]["value"] == 0 and found["noise"]["value"] == 0.5 and found["gain"]["value"] == -0.5
+    assert found["accuracy"]["value"] == 0, "neither is no right answer"
+    names[0] = [0, 0, 0, -1, -1, -1]
+    assert st.scoring_numbers(read, 0, {"ID": 1, "noise 0": 2}, np.zeros(6)) is None
+
+
+def test_other_prompts_ask_the_same(small, mixed):
+    assert st.reworded(mixed[0], " Say {} or {}.").text == mixed[0].text + " Say left or right."
+    turned = st.answers_turned(mixed[0])
+    assert "right or left" in turned.text and turned.answers == mixed[0].answers
+    without = st.other_prompts(mixed, "")
+    assert list(without) == ["prompt: with an instruction", "prompt: answers in the other order"]
+    assert "prompt: without instruction" in st.other_prompts(mixed, " x")
+    ids = random_ids(small, np.random.default_rng(0))
+    swaps, right = st.swaps_of_prompt(small, ids, mixed, [2], 0.0)
+    assert right.tolist() == [b == q.truth for b, q in zip(small.run(mixed).beliefs, mixed)]
+    assert list(swaps) == ["ID", "noise"] and (swaps["ID"] == 0).all(), "a push of nothing swaps nothing"
+
+
+def test_choices_are_ranked_by_what_they_change():
+    layers, ones = [1, 2, 3], np.ones((3, 40))
+    numbers = st.readings({"ID": ones, "noise": 0 * ones}, layers, 3)
+    nothing = {"ID": 0 * ones, "noise": 0 * ones}
+    by_variant = {"half": {**nothing, "ID": ones * (np.arange(40) % 2)}, "none": nothing, "unread": nothing}
+    right = {"headline": np.ones(40, bool), "unread": np.zeros(40, bool)}
+    scoring = {"spelled": {"ID": {"value": 1}, "noise": {"value": 0}, "accuracy": {"value": 0.9, "low": 0.8}}}
+    table = st.choice_numbers(numbers, by_variant, scoring, right, layers, 3)
+    assert table["spelled"]["accuracy"]["value"] == 0.9 and table["half"]["accuracy"]["value"] == 1
+    ranked = st.ranked_choices(table)
+    assert list(ranked)[:3] == ["headline", "none", "half"]
+    assert list(st.not_ranked(table)) == ["unread"] and "unread" not in ranked
+    assert table["half"]["ID"]["n"] == 20 and table["half"]["layers"] == [1]
+    drawn = {name: row for name, row in ranked.items() if name != "spelled"}
+    ax, = st.plot_choices(drawn, 20).axes
+    assert [t.get_text() for t in ax.get_yticklabels()] == list(drawn) and "n = 20" in title(ax)
+
+
+def test_words_are_pushed_apart_and_one_by_one(small):
+    ids = random_ids(small, np.random.default_rng(0))
+    edits = st.apart_edits(ids, 2, 5.0, fixed=4)
+    assert len(edits) == 2 * 4 and set(edits) == {f"{name}{what}" for name in st.APART for what in st.EFFECTS}
+    push = {name: pushed_rows(edit, small, 2)[1] for name, edit in edits.items()}
+    apart, past = (torch.stack([push[f"{name}{what}"] for what in ("", ", fixed")]) for name in st.APART)
+    assert torch.allclose(apart, -past)
+    step = [torch.tensor(ids.step((0, 1), (3, 1), layer)) for layer in (2, 4)]
+    assert torch.allclose(apart[0, 0, 0], 5 * step[0]) and torch.allclose(apart[1, 0, 0], 5 * step[1])
+    assert torch.allclose(push["subject right, object left, object only"][:, 0], -5 * step[0])
+
+
+def test_the_subject_is_pushed_along_lines(small):
+    ids = random_ids(small, np.random.default_rng(0))
+    edits = st.line_edits(ids, 2, 5.0)
+    assert len(edits) == 16 and list(edits)[:4] == ["x0", "x1", "x2", "x3"]
+    push = {name: pushed_rows(edit, small, 2)[1][0, 0] for name, edit in edits.items()}
+    assert torch.allclose(push["x3"], 5 * torch.tensor(ids.step((0, 0), (3, 0), 2)))
+    assert torch.allclose(push["y1"], 5 * torch.tensor(ids.step((0, 2), (0, 1), 2)))
+    middle = (ids.step((0, 1), (3, 1), 2) + ids.step((0, 2), (3, 2), 2)) / 2
+    assert torch.allclose(push["x3 middle"], 5 * torch.tensor(middle))
+    query, late = query_about(), st.late_edits(small, edits)
+    assert list(late) == ["behind x0", "behind x3"]
+    assert late["behind x3"][0](query) == small.layout(query).rows["subject"][-1] + 1
+
+
+def test_effects_of_pushes_and_the_example():
+    base = ((0.0, 1), (1.0, 0), (0.0, 3), (0.0, 0.5))
+    first, second = st.APART
+    s = swept({first: [0.0, 3], second: [0.0, -1]}, base=base, truth=(1, 1, 1, 1))
+    assert (st.push_effect(s) == 2).all() and st.push_effect(s).shape == (2, 4)
+    assert st.wrong_answers(s).tolist() == [1] and st.example_question(s) == 1
+    right = swept({first: 0}, base=base, truth=(1, 0, 1, 1))
+    assert st.example_question(right) == 3, "where none is wrong, the least sure"
+
+
+def lines(along_x=1.0, along_y=0.0):
+    "A sweep along lines: right (below) rises with the place, left (above) falls."
+    changes = {}
+    for axis, size in (("x", along_x), ("y", along_y)):
+        for k in range(4): changes[f"{axis}{k}"] = changes[f"{axis}{k} middle"] = [-k * size, k * size]
+    changes |= {"behind x0": [0.0, 0], "behind x3": [0.0, 1]}
+    return swept(changes, base=((0.0, 1), (1, 0.0), (0.0, 1), (0.0, 1)), truth=(0, 1, 1, 1))
+
+
+def test_changes_by_place_and_groups_of_questions():
+    s = lines()
+    changes = st.changes_along(s, "x")
+    assert changes.shape == (2, 4, 4, 2) and changes[0, 0, :, 1].tolist() == [0, 1, 2, 3]
+    groups = st.answer_groups(s, ("left", "right"))
+    assert list(groups) == ["truth left", "truth right", "answered left", "answered right"]
+    assert groups["truth left"].tolist() == [True, False, False, False]
+    assert groups["answered left"].tolist() == [False, True, False, False]
+    rise = st.rises(changes[0])
+    assert rise["right"][0].tolist() == [3, 3] and rise["left"][0].tolist() == [0, 0]
+    assert st.smaller_mean(np.array([[1.0, 5], [3, 0]])) == 2
+    assert (st.rightmost_less_leftmost(s) == 6).all() and (st.rightmost_less_leftmost(s, "behind ") == 1).all()
+    by_answer = st.across_by_answer(np.arange(4.0), groups)
+    assert len(by_answer) == 1 and by_answer[0]["value"] == pytest.approx(5 / 3), "one question alone is no group"
+    assert "one answer" in st.same_trend(by_answer, 4)["not_judged"]
+    two = [{"value": 1, "low": 0.5}, {"value": 0.9, "low": 0.6}]
+    assert st.same_trend(two, 4)["low"] == 0.5
+    fig = st.plot_fig6b(changes[0], groups, 1)
+    assert [title(ax) for ax in fig.axes] == [f"{name} (n = {mask.sum()})" for name, mask in groups.items()]
+    assert st.fig6b_results(changes[0])["(3, 0)"]["right"]["value"] == 3
+
+
+def test_the_other_axis_beside_the_one_that_is_asked_about():
+    sweeps = {"left/right": lines(1.0, 0.5), "above/below": lines(0.25, 1.0)}
+    slopes = st.axis_slopes(sweeps)
+    assert {name: float(v[0, 0]) for name, v in slopes.items()} == pytest.approx(
+        {"left/right, along x": 2, "left/right, along y": 1, "above/below, along y": 2, "above/below, along x": 0.5})
+    chosen = {"left/right": 1, "above/below": 2}
+    ratios = st.off_axis_ratios(st.at_layers(slopes, [1, 2], chosen))
+    assert ratios["x"]["value"] == pytest.approx(0.25) and ratios["y"]["value"] == pytest.approx(0.5)
+    assert "on-axis slope" in st.off_over_on(np.zeros(4), np.ones(4))["not_judged"]
+    found = st.direction_numbers(sweeps, chosen, middle=True)
+    assert found["layers"] == chosen and found["rightmost"]["value"] == 3
+    assert found["off_axis_x"]["value"] == pytest.approx(0.25)
+    by_layer = {name: st.bootstrap(v.T) for name, v in slopes.items()}
+    fig = st.plot_a16(sweeps, by_layer, 1)
+    assert title(fig.axes[0]).startswith("above/below (n = 4): along x")
+    assert [line.get_label() for line in fig.axes[2].lines[:4]] == list(slopes)
+
+
+def test_a_layer_of_each_kind_is_its_own():
+    slopes = {"left/right, along x": np.array([[1.0], [2]]), "above/below, along y": np.array([[3.0], [4]])}
+    found = st.at_layers(slopes, [5, 7], {"left/right": 5, "above/below": 7})
+    assert [v.tolist() for v in found.values()] == [[1], [4]]
+
+
+def test_norms_of_steps_across_the_grid(llava):
+    found = st.step_norms(grid_ids(llava, linear=True), 2)
+    assert np.allclose(found["row"], found["row"][0]) and np.allclose(found["column"], found["column"][0])
+    ids = grid_ids(llava)
+    assert st.step_norms(ids, 2)["column"][1] == pytest.approx(np.linalg.norm(ids.at(2)[3, 1] - ids.at(2)[0, 1]))
+
+
+def test_the_subject_is_pushed_to_every_cell_of_its_line(small):
+    stage = st.QuestionSource(px=32).scenes("stage")
+    queries, cells = st.made_questions(st.near_far, stage, 3, 0, first=5)
+    assert cells.shape == (3, 2, 2) and cells[1].tolist() == [list(map(float, c)) for c in st.near_far(stage, 6, 0)[1]]
+    assert [ax.get_xlabel() for ax in st.plot_made(queries).axes] == [q.truth for q in queries]
+    ids = random_ids(small, np.random.default_rng(0))
+    edits = st.relation_edits(ids, cells[:, 0], 0, 5.0)
+    assert len(edits) == 12 and list(edits)[:3] == [f"{push}/0" for push in st.relation_pushes()]
+    x, y = map(int, cells[0, 0])
+    opposite, from_cell, step = (pushed_rows(edits[f"{push}/3"], small, 3)[1][0, 0] for push in st.relation_pushes())
+    assert torch.allclose(opposite, 5 * torch.tensor(ids.step((0, y), (3, y), 2)))
+    assert torch.allclose(from_cell, 5 * step) and torch.allclose(step, torch.tensor(ids.step((x, y), (3, y), 2)))
+    assert st.implied_distances(np.array([[3.0, 1]]), 0).tolist() == [[3, 2, 1, 0]]
+    assert st.implied_distances(np.array([[3.0, 1]]), 1).tolist() == [[1, 0, 1, 2]]
+
+
+def test_slopes_on_what_a_target_implies():
+    push, words = "push", ("near", "far")
+    changes = {f"{push}/{k}": [-2.0 * k, 1.0 * k] for k in range(4)}
+    s = swept(changes, base=((0.0, 1),) * 3 + ((1.0, 0),), truth=(1, 1, 0, 0))
+    implied = np.tile(np.arange(4), (4, 1))
+    assert st.relation_changes(s, push).shape == (2, 4, 4, 2)
+    found = st.relation_numbers(s, push, implied, words, layer=2)
+    assert found["odds"]["value"] == pytest.approx([3, 3]) and found["raised"]["value"] == pytest.approx(1)
+    assert found["lowered"]["value"] == pytest.approx(2) and found["both"]["value"] == pytest.approx(1)
+    assert list(found["groups"]) == ["truth near", "truth far", "answer far"], "one question alone is no group"
+    reverse = st.relation_numbers(s, push, implied, words, layer=2, sign=-1)
+    assert reverse["raised"]["value"] == pytest.approx(-1)
+    assert st.right_share(s)["value"] == 0.75
+    assert "| toy | 3.00 [3.00, 3.00] | 1.00 [1.00, 1.00] |" in st.relation_table({"toy": found}, 1)
+    fig = st.plot_relation(s, implied, words, {"other": found, push: found}, 2, "distance (cells)")
+    assert len(fig.axes) == 5 and title(fig.axes[1]) == "truth far (n = 2)"
+    assert fig.axes[1].containers[0].lines[0].get_ydata().tolist() == [0, -2, -4, -6]
+
+
+def test_a_ring_is_entered_from_every_cell(small):
+    ids = random_ids(small, np.random.default_rng(0))
+    edits = st.ring_edits(ids, np.array([[1.0, 2], [0, 0]]))
+    assert len(edits) == 32
+    _, push = pushed_rows(edits["ID 3 2"], small, 2)
+    assert torch.allclose(push[0, 0], torch.tensor(ids.step((1, 2), (3, 2), 2)))
+    _, noise = pushed_rows(edits["noise 3 2"], small, 2)
+    assert torch.allclose(noise.norm(dim=-1), push.norm(dim=-1))
+    middles = np.array([[1.0, 1]] * 4)
+    distance = {cell: np.hypot(cell[0] - 1, cell[1] - 1) for cell in st.ALL_CELLS}
+    changes = {f"ID {x} {y}": [0.0, -2 * distance[x, y]] for x, y in st.ALL_CELLS}
+    changes |= {f"noise {x} {y}": [0.0, 0] for x, y in st.ALL_CELLS}
+    found = st.ring_slopes(swept(changes), middles)
+    assert np.allclose(found["ID"], 2) and np.allclose(found["noise"], 0)
+    queries = [st.surrounded(FreeScenes(10, seed="ring", px=32), i, 0)[0] for i in range(4)]
+    fig = st.plot_ring(queries, {arm: st.bootstrap(v.T) for arm, v in found.items()}, [1, 2])
+    assert len(fig.axes) == 4 and title(fig.axes[3]) == "surrounded (n = 4)"
+
+
+def test_subjects_move_along_a_path(small):
+    source = st.QuestionSource(seed=2, px=80)
+    scenes, queries, places = st.movable_questions(source, 3)
+    assert places.shape == (3, 1, 2)
+    subject = next(t for t in scenes[0].things if t.name == queries[0].words["subject"])
+    assert places[0, 0].tolist() == [4 * subject.x - 0.5, 4 * subject.y - 0.5] == list(st.scene_place(subject))
+    same = st.redrawn(scenes[0], queries[0], places[0, 0, 0])
+    assert np.array_equal(np.asarray(same.image), np.asarray(queries[0].image)) and same.truth == queries[0].truth
+    truths = {st.redrawn(scenes[0], queries[0], column).truth for column in (-5, 9)}
+    assert truths == {"left", "right"}
+    there = st.towards(places, 1.5)
+    assert (there[..., 0] == 1.5).all() and np.array_equal(there[..., 1], places[..., 1])
+    ids = random_ids(small, np.random.default_rng(0))
+    edits = st.move_edits(ids, places, 2.0)
+    assert list(edits) == ["ID, one step", "ID, α = 5"]
+    one, five = (pushed_rows(edit, small, 3)[1] for edit in edits.values())
+    assert torch.allclose(five, 5 * one)
+    columns = np.array([0.0, 3.0])
+    found = st.path_changes(small, ids, scenes, queries, places, columns, 4)
+    assert list(found) == ["real picture", "real rows", *edits] and all(v.shape == (3, 2) for v in found.values())
+    redrawn = [st.redrawn(scene, query, 3.0) for scene, query in zip(scenes, queries)]
+    wanted = -small.run(redrawn).logit_diff + small.run(queries).logit_diff
+    assert np.allclose(found["real picture"][:, 1], wanted, atol=1e-3)
+    outside = st.outside_changes(small, ids, queries, places, np.array([0.0, 4.0]), 4)
+    assert np.allclose(outside["ID, one step"][:, 0], found["ID, one step"][:, 0], atol=1e-4)
+    inside, beyond = {"a": np.array([[1.0, 2], [1, 2]])}, {"a": np.array([[0.0, 0.5, 3, 5], [0, 0.5, 3, 5]])}
+    steps = st.beyond_steps(inside, beyond)["a"]
+    assert (steps["left"]["value"], steps["right"]["value"]) == (1, 3)
+
+
+def test_the_figure_of_a_path():
+    inside, outside = np.array([0.0, 1, 2, 3]), np.array([-2.0, -1, 4, 5])
+    names = ["real picture", "real rows", *st.path_names(5.0)]
+    path = {name: np.tile(inside, (4, 1)) for name in names}
+    path_outside = {name: np.tile(outside, (4, 1)) for name in st.path_names(5.0)}
+    wide, close = st.plot_path(path, inside, path_outside, outside, 3).axes
+    drawn = {line.get_label(): line for line in wide.lines}
+    assert drawn["ID, one step"].get_ydata().tolist() == [-2, -1, 0, 1, 2, 3, 4, 5]
+    assert len(drawn["real picture"].get_xdata()) == 4
+    assert "real picture" not in [line.get_label() for line in close.lines]
+
+
+def test_other_words_are_steered_with_other_ids(small):
+    queries = st.QuestionSource(px=80).questions("table", 4, ("left_right",))
+    g = np.random.default_rng(0)
+    ids, of_word = random_ids(small, g), {word: random_ids(small, g) for word in ("left", "right")}
+    edits = st.table1_edits(small, ids, of_word, queries, ["left"] * 4, 2.0, n_controls=2)
+    assert len(edits) == 4 + 2 * 2
+    push = {name: pushed_rows(edit, small, 4)[1] for name, edit in edits.items()}
+    unit = lambda v: torch.tensor(v) / np.linalg.norm(v)
+    on_words = push["relation IDs on relation words"][0]
+    for k, found in enumerate(of_word.values()):
+        assert torch.allclose(on_words[k] / on_words[k].norm(), unit(found.step((0, 0), (3, 0), 2)))
+    mean = np.mean([found.step((0, 0), (3, 0), 2) for found in of_word.values()], axis=0)
+    subject, other = push["relation IDs on objects"][0]
+    assert torch.allclose(subject / subject.norm(), unit(mean)) and torch.allclose(other / other.norm(), -unit(mean))
+    subject, other = push["object IDs on relation words"][0]
+    assert torch.allclose(subject / subject.norm(), other / other.norm()), "both words carry the subject's move"
+    assert all(callable(edits[name][0]) == name.endswith("words") for name in edits if not name.startswith("noise"))
+
+
+def test_table_1_is_read_where_objects_swap_most_on_the_first_half():
+    turned, kept, base = [2.0, 0], [0.0, 0], ((0.0, 1),) * 4
+    cells = {"relation IDs on relation words": kept, "relation IDs on objects": kept,
+             st.OBJECTS_ON_OBJECTS: np.array([kept, turned])[:, None], "object IDs on relation words": kept,
+             "noise on relation words 0": turned, "noise on objects 0": kept, "noise on objects 1": turned}
+    swaps = st.table1_swaps(swept(cells, base=base))
+    assert list(swaps)[-2:] == ["noise on relation words", "noise on objects"]
+    assert (swaps["noise on objects"] == 0.5).all() and swaps[st.OBJECTS_ON_OBJECTS].sum(1).tolist() == [0, 4]
+    chosen, table, most = st.table1_numbers(swaps)
+    assert chosen == 1 and table[st.OBJECTS_ON_OBJECTS]["n"] == 2 and most["value"] == 1, "noise is no cell"
+    text = st.table1_text(table, "toy").splitlines()
+    assert len(text) == 2 + 4 + 1 and text[2].startswith("| Qwen-3b, paper | 18.77 | 51.19 |")
+    assert "| **toy** | 0.0 [0.0, 0.0] | 0.0 [0.0, 0.0] | 100.0 [100.0, 100.0] |" in text[-1]
+
+
+@pytest.mark.slow
+def test_ids_at_the_words_of_the_relation_are_extracted(small):
+    scenes = st.word_scenes(st.QuestionSource(px=80), 2)
+    found = st.ids_at_words(small, scenes)
+    assert list(found) == ["left", "right"] and found["left"].ids.shape == (8, 4, 4, small.width)
+    assert not np.allclose(found["left"].ids, found["right"].ids)
+
+
+def test_the_pad_is_the_scene_whose_surer_answer_is_least_sure(small):
+    source = st.QuestionSource(seed=3, px=80)
+    scenes = [st.pad_scene(small, source, n) for n in (1, 3)]
+    sure = [max(float(small.run(q).logit_diff.abs()) for q in st.pad_queries(scene).values()) for scene in scenes]
+    assert sure[1] <= sure[0]
+    queries = st.pad_queries(scenes[0], " {} or {}?")
+    assert list(queries) == ["left_right", "above_below"]
+    assert queries["left_right"].text.endswith(" left or right?")
+    assert queries["left_right"].words["subject"] == scenes[0].things[0].name
+    ids, place = random_ids(small, np.random.default_rng(0)), (0.2, 2.9)
+    fig = st.plot_pad(small, ids, queries, place, [2, 4])
+    titles = [title(ax).split(" at ")[1] for ax in fig.axes if title(ax)]
+    assert titles == [f"({k}, 3)" for k in range(4)] + [f"(0, {k})" for k in range(4)]
+
+
+def test_the_live_pad_steers_anew(small, mixed):
+    pytest.importorskip("ipywidgets")
+    ids = random_ids(small, np.random.default_rng(0))
+    queries = {"left_right": mixed[0], "above_below": mixed[1]}
+    kind, size, pad, view = st.playground(small, ids, queries, (1, 1), [2]).children
+    assert kind.options == ("left_right", "above_below") and pad[3, 0].description == "0, 3"
+    pad[3, 0].click()
+    kind.value, size.value = "above_below", 2.0
+
+
+def test_claims_about_questions_that_are_answered_at_chance_are_not_judged():
+    number, chance = {"value": 1, "low": 0.5, "high": 2, "n": 7}, {"value": 0.5, "low": 0.4, "high": 0.6, "n": 9}
+    assert st.claim_or_reason(number, {**chance, "low": 0.51}) is number
+    none = st.claim_or_reason(number, chance)
+    assert none["value"] is None and none["n"] == 7 and "0.50 [0.40, 0.60]" in none["not_judged"]
+
+
+def test_figure_6a_and_its_numbers(mixed):
+    names = [f"{name}{what}" for name in st.APART for what in st.EFFECTS]
+    s = swept({name: [0.0, 1] for name in names}, base=((0.0, 1),) * 4, truth=(1, 0, 1, 1))
+    effects = {what: st.bootstrap(st.push_effect(s, what).T) for what in st.EFFECTS}
+    found = st.fig6a_results(s, mixed[0], 1, effects)
+    assert found["answered_right"] is False and found["question"] == mixed[0].text
+    assert set(found["log_probs"]) == set(names) and found["log_probs"][names[0]].shape == (2, 2)
+    fig = st.plot_fig6a(s, mixed[0], 1, effects, 4, 6)
+    assert [title(ax) for ax in fig.axes][1:] == ["IDs of the same layer", "IDs of layer 4", "4 questions"]
+    assert fig.axes[3].get_ylabel() == "effect (log-odds)"
+
+
+def test_a_line_takes_estimates_or_an_estimate_of_arrays():
+    from matplotlib.figure import Figure
+    ax = Figure().subplots()
+    found = st.bootstrap(np.arange(6.0).reshape(3, 2))
+    st.plot_line(ax, [1, 2], found)
+    st.plot_line(ax, [1, 2], [found[0], found[1]])
+    assert np.allclose(ax.lines[0].get_ydata(), ax.lines[1].get_ydata()) and len(ax.collections) == 2
 
 
 # --- the results
@@ -631,7 +1201,7 @@ def test_two_queries_of_one_text_are_steered_at_their_own_marks(llava):
 
 
 def test_groups_that_are_functions_tell_queries_of_one_wording_apart(llava):
-    one, two, v = ask(seed=1), ask(seed=2), vector(llava)
+    one, two, v = query_about(seed=1), query_about(seed=2), vector(llava)
     near = lambda query: -2 if query is one else -3
     with llava.steer([one, two], {near: v}, layer=2): together = llava.run([one, two]).logits
     for row, query in zip(together, (one, two)):
@@ -664,7 +1234,7 @@ def test_a_prompt_that_begins_like_another_is_its_own():
 @torch.no_grad()
 def test_a_cache_is_steered_if_its_prompt_was_read_inside(llava):
     import copy
-    query, token = ask(), torch.tensor([[5]])
+    query, token = query_about(), torch.tensor([[5]])
     batch = llava.encode([query]).to("cpu", torch.float64)
     older = llava.model(**batch, use_cache=True).past_key_values
     with llava.steer(query, {"subject": vector(llava)}, layer=1):
@@ -681,7 +1251,7 @@ def test_a_cache_is_steered_if_its_prompt_was_read_inside(llava):
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "gemma3"])
 def test_generation_with_a_static_cache_is_steered(family):
     vlm = VLM(*tiny(family, dtype=torch.float64), family)
-    queries = [ask(), ask("dog", "cup", 1)]
+    queries = [query_about(), query_about("dog", "cup", 1)]
     settings = dict(max_new_tokens=3, min_new_tokens=3, do_sample=False, suppress_tokens=unsaid(vlm),
                     return_dict_in_generate=True, output_logits=True)
     generate = lambda batch, **cache: torch.stack(vlm.model.generate(**batch, **settings, **cache).logits)
@@ -695,7 +1265,8 @@ def test_generation_with_a_static_cache_is_steered(family):
 def test_each_thread_steers_its_own_call(llava):
     "Streaming idioms generate in a thread of their own, inside the with."
     from concurrent.futures import ThreadPoolExecutor
-    queries = [ask("cup", "star", 1), ask("hot dog", "cat", 2), ask("dog", "cup", 3), ask("cat", "hot dog", 4)]
+    pairs = ("cup", "star"), ("hot dog", "cat"), ("dog", "cup"), ("cat", "hot dog")
+    queries = [query_about(*pair, seed) for seed, pair in enumerate(pairs, 1)]
     call = lambda q: llava.model(**llava.encode([q]).to("cpu", torch.float64)).logits[:, -1]
     with llava.steer(queries, {"subject": vector(llava)}, layer=2), ThreadPoolExecutor(4) as pool:
         found = list(pool.map(call, queries * 3))
