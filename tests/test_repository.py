@@ -12,7 +12,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from nbdev.test import test_nb
+from nbdev import test as nbdev_test
 
 import check_site
 import make_docs
@@ -399,7 +399,7 @@ LIBRARY = [path for path in NOTEBOOKS if path.parent.name == "lib"]
 STORY = [path for path in NOTEBOOKS if path not in LIBRARY]
 
 
-def outcome_of(path, to): to.put(test_nb(path)[0])
+def outcome_of(path, to): to.put(nbdev_test.test_nb(path)[0])
 
 
 @pytest.mark.slow

@@ -152,7 +152,8 @@ def test_kept_runs_are_not_changed(llava):
     copies = [t.clone() for t in kept]
     from spatialid.sweeps import _edits, _plan, _waves
     ids, real = (llava.encode(base)[k] for k in ("input_ids", "attention_mask"))
-    groups = {name: [llava.resolve_rows(q, g, i[r.bool()]) for q, i, r in zip(base, ids, real)] for name, g in SWAPS.items()}
+    tokens = [i[r.bool()] for i, r in zip(ids, real)]
+    groups = {name: [llava.resolve_rows(q, group, i) for q, i in zip(base, tokens)] for name, group in SWAPS.items()}
     for cells in _waves(_plan(llava, runs, _edits(SWAPS, source, base), groups, [1, 2, 3, 4]), llava, 2e9):
         for _ in llava.resume(cells): pass
     assert all(torch.equal(a, b) for a, b in zip(kept, copies))
