@@ -209,6 +209,7 @@ print(float(VLM.load(sys.argv[1]).model.lm_head.weight.sum()))
 """
 
 
+@pytest.mark.slow
 def test_two_processes_at_once(smol):
     command = [sys.executable, "-c", LOAD, str(smol["folder"]), str(smol["home"])]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

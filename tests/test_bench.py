@@ -188,6 +188,7 @@ def test_growth(monkeypatch):
     assert large["full_forward_over_ours"]["value"] > 0
 
 
+@pytest.mark.slow
 def test_memory_is_measured_in_a_process_of_its_own():
     found = bench.way_memory("steering", "llava-tiny", 1, ["ours"])["ours"]
     assert 0 <= found["over_forward"] == found["peak"] - found["before"] < 2e9

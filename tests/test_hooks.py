@@ -761,6 +761,7 @@ def compiled_forward(model): model.forward = torch.compile(model.forward, backen
 def compiled_block(model): model.model.language_model.layers[2].compile(backend="eager")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [compiled_in_place, compiled_language_model, compiled_forward, compiled_block])
 def test_hooks_act_in_a_compiled_model(vlm, how):
     model, processor = tiny_llava()

@@ -216,6 +216,7 @@ def test_a_checkpoint_that_is_a_bundled_model_is_one_point(traced):
     assert "small, IDs of `trace` | 0.400 | 0.400 | 0.400 | 0.200 |" in models.twice_table(*traced)
 
 
+@pytest.mark.slow
 def test_correlations_are_of_all_points_and_within_runs(traced):
     points = models.points_of(*traced)
     rho = models.correlations(points)

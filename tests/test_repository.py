@@ -146,6 +146,7 @@ def test_readme_is_generated_from_the_index():
     assert (ROOT/"README.md").read_text(encoding="utf-8") == make_readme.render(), "run `make prepare`"
 
 
+@pytest.mark.slow
 def test_each_bundled_model_has_its_page(tmp_path, monkeypatch):
     monkeypatch.setenv("SPATIALID_RESULTS", str(ROOT))
     (tmp_path/"nbs"/"models").mkdir(parents=True)
@@ -237,6 +238,7 @@ def site(tmp_path_factory):
     return tree
 
 
+@pytest.mark.slow
 def test_site(site):
     assert check_site.check(site) == []
 
@@ -331,6 +333,7 @@ def copied_configuration(tree):
     (publish("[x](https://someone.github.io/spatialid/models/gone.html)"), "models/gone.html: no such page"),
     (publish("[x](https://someone.github.io/other/spatialid)"), "is not an address of settings.ini"),
 ], ids=lambda p: p.replace(" ", "-") if isinstance(p, str) else "")
+@pytest.mark.slow
 def test_site_check_sees_damage(small_site, tmp_path, damage, complaint):
     tree, base = Path(shutil.copytree(small_site[0], tmp_path/"tree", symlinks=True)), small_site[1]
     damage(tree)
@@ -338,6 +341,7 @@ def test_site_check_sees_damage(small_site, tmp_path, damage, complaint):
     assert any(complaint in p for p in new), new
 
 
+@pytest.mark.slow
 def test_site_check_accepts_links_to_the_published_repository(small_site, tmp_path):
     tree = Path(shutil.copytree(small_site[0], tmp_path/"tree", symlinks=True))
     published_links(tree)

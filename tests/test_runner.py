@@ -566,6 +566,7 @@ def test_results_can_be_named_once(tmp_path):
     with pytest.raises(ValueError, match="has the results of an unknown model"): store.own_results_dir(other, "notes")
 
 
+@pytest.mark.slow
 def test_a_benchmark_that_cannot_serve_is_refused_before_the_run(lab, capsys):
     "A benchmark of left/right alone would stop 04 after most of its work, one without boxes 06 inside a cell."
     from spatialid.benchmarks import write_benchmark
@@ -597,6 +598,7 @@ def test_name_is_an_option_of_run(lab, capsys):
     assert "give --model too" in fails(capsys, 2, "run", "01", "--name", "other")
 
 
+@pytest.mark.slow
 def test_two_models_of_one_name_are_reproduced_beside_each_other(lab, capsys):
     "Each has its record, and the claims at the end are read in its own folder."
     entry = {"id": "x", "source": "§0", "claim": "", "paper": "", "note": "", "measure": "x",

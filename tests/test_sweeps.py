@@ -172,6 +172,7 @@ def test_the_model_is_as_before(llava):
     assert hooks() == standing
 
 
+@pytest.mark.slow
 # transformers' eager attention takes its softmax in float32
 @pytest.mark.parametrize("implementation,limit", [("sdpa", 1e-9), ("eager", 1e-4)])
 def test_attention_implementations(implementation, limit):
@@ -181,6 +182,7 @@ def test_attention_implementations(implementation, limit):
     assert largest(*both(vlm, base, source, FEW, layers=ENDS)) < limit
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype,limit", [(torch.float32, 1e-4), (torch.bfloat16, .5)])
 def test_narrow_numbers(dtype, limit):
     vlm = VLM(*tiny_llava(dtype=dtype), "tiny")
@@ -427,6 +429,7 @@ def test_numbers_that_overflow_are_no_beliefs(llava, plain):
         sweep(half, base, source, ["image"], plain=plain)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
 def test_pictures_of_one_size_and_other_grids_are_swapped_exactly(family):
     "As many tokens in other places: rows swapped in keep the positions of the base."
