@@ -395,7 +395,12 @@ def test_the_imports_of_a_cell(source, expected):
 
 # --- every notebook runs
 
-FEWER = {"00_sweeps": {"n_scenes": 12, "n_exact": 1}, "10_organisms": {"n_scenes": 40}}  # where there is no `quick`
+FEWER = {  # than in a quick run, or where there is none
+    "00_sweeps": {"n_scenes": 12, "n_exact": 1},
+    "06_diagnosis": {"quick": True, "n_lesion": 8, "n_inject": 8},
+    "07_finetune": {"n_seeds": 2, "steps": 24, "every": 8, "n_rows": 120, "n_pairs": 60},
+    "10_organisms": {"n_scenes": 40},
+}
 ELSEWHERE = ("08_temporal",)  # tests/test_temporal.py runs it on the bundled model, on other families, on files
 
 
@@ -434,5 +439,5 @@ def test_notebook_runs(path, tmp_path, monkeypatch):
     "In a kernel of its own, on the bundled model, from top to bottom."
     from spatialid import runner
     copy_results(tmp_path, monkeypatch)
-    names = runner.parameters_of(path)
-    runner.run_notebook(path, **({"quick": True} if "quick" in names else FEWER.get(path.stem, {})))
+    quick = {"quick": True} if "quick" in runner.parameters_of(path) else {}
+    runner.run_notebook(path, **FEWER.get(path.stem, quick))
