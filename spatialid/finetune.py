@@ -47,7 +47,7 @@ from .processes import end_with_parent
 from .query import Query
 from .questions import BENCHMARK_KINDS, QUESTIONS
 from .scenes import GridScenes
-from .stats import as_text, number_table, over_seeds, rng
+from .stats import as_text, over_seeds, rng
 from .store import OKABE_ITO, load_results, results_dir, results_root, write_bytes, write_json
 
 # %% ../nbs/07_finetune.ipynb #21d77c10

@@ -47,7 +47,7 @@ from .questions import BENCHMARK_KINDS, LEFT_RIGHT, QUESTIONS, questions
 from .scenes import COLOURS, FreeScenes, GridScenes, Scene, Thing, grid_pairs
 from .stats import as_text, bootstrap, markdown_table, not_judged, number_table, rng, wilson
 from .store import OKABE_ITO, results_dir, style
-from .sweeps import at_every_layer, change, layers_near, middle_third, odds, slope, sweep
+from .sweeps import at_every_layer, change, middle_third, odds, slope, sweep
 
 # %% ../nbs/04_steering.ipynb #3e527b8b
 @dataclass

@@ -44,7 +44,7 @@ from .organisms import BUILDERS, WHERE, Recipe, Stage, build, train, training_lo
 from .query import Query
 from .questions import LEFT_RIGHT, questions
 from .scenes import OBJECTS, FreeScenes, GridScene, GridScenes, Objects, grid_pairs
-from .stats import as_text, bootstrap, markdown_table, not_judged, number_table, over_seeds, rng, with_interval
+from .stats import as_text, bootstrap, markdown_table, not_judged, over_seeds, rng, with_interval
 from .plots import ticks
 from .store import OKABE_ITO, load_results, provenance, results_dir, write_bytes, write_json
 from .sweeps import attention, in_float64, middle_third, sweep
