@@ -26,6 +26,7 @@ from spatialid.finetune import (PAPER, Groups, Pictures, Settings, SpatialIDLoss
                                 sampled, teach, unfreeze)
 from spatialid.families import FAMILIES
 from spatialid.hooks import VLM
+from spatialid.stats import number_table
 from tiny import tiny, tiny_llava
 
 SMALL = replace(PAPER, steps=4, every=2, lr=1e-3, last_k=1, layer=2, held=2, instruction="")
@@ -508,7 +509,7 @@ def test_differences_of_arms():
     assert {part: d["both"]["value"] for part, d in one.items()} == {"all": .25, "left_right": 0, "above_below": .5}
     rows = ft.difference_rows(found)
     assert rows["loss – no loss, above_below"]["over seeds"].startswith("+50.0 [")
-    text = ft.number_table(rows, corner="points").splitlines()
+    text = number_table(rows, corner="points").splitlines()
     assert len(text) == 2 + 9 and text[0].startswith("| points | both | says |")
 
 

@@ -364,8 +364,7 @@ def test_what_a_model_cannot_give_is_read_from_the_model_that_the_rule_names(lab
     write("toy", number(-1), quick=True)
     assert runner.claims("toy")[0]["model"] == "other"
     write("toy-13b", number(-1))
-    entry["rule"]["named"] = "toy-13B"
-    (lab.root/"nbs"/"claims.json").write_text(json.dumps([entry]))
+    write_claims(lab, claim(model="other", named="toy-13B"))
     write("toy", number(-1))
     assert [runner.claims(m)[0]["model"] for m in ("toy", "x/toy-13b")] == ["other", "toy-13b"]
 
@@ -601,9 +600,7 @@ def test_name_is_an_option_of_run(lab, capsys):
 @pytest.mark.slow
 def test_two_models_of_one_name_are_reproduced_beside_each_other(lab, capsys):
     "Each has its record, and the claims at the end are read in its own folder."
-    entry = {"id": "x", "source": "§0", "claim": "", "paper": "", "note": "", "measure": "x",
-             "rule": {"notebook": "01_a", "key": "claims.x", "op": ">", "threshold": .5}}
-    (lab.root/"nbs"/"claims.json").write_text(json.dumps([entry]))
+    write_claims(lab, claim(threshold=.5))
     lab.notebook("01_a", """from spatialid.store import save_results
 v = 1. if "/b/" in model else 0.
 save_results(model, "01_a", {"claims": {"x": dict(value=v, low=v - .1, high=v + .1, n=9)}}, {"model": model})""")
