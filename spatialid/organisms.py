@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['CELLS', 'WHERE', 'HUE', 'WHEN', 'CHAT', 'CHAT_VIDEO', 'RECIPES', 'HELD_OUT', 'CHANGE', 'BUILDERS', 'NESTED', 'EARLY',
-           'OPTIONS', 'make_tokenizer', 'Stage', 'Recipe', 'build', 'fresh_blocks', 'Steps', 'packed_mask', 'Align',
-           'features', 'forward', 'placeholders', 'positions', 'losses', 'quick_accuracy', 'train', 'training_log',
-           'early_entry', 'bundle', 'recipes', 'refused', 'write_card', 'trainer_of', 'train_and_bundle',
-           'side_by_side', 'main']
+           'OPTIONS', 'chat_template', 'training_texts', 'merges', 'make_tokenizer', 'Stage', 'Recipe', 'build',
+           'fresh_blocks', 'zoo', 'Steps', 'kinds_of', 'place_word', 'named_questions', 'covered', 'padded',
+           'packed_mask', 'Align', 'features', 'placeholders', 'positions', 'forward', 'losses', 'quick_accuracy',
+           'held_out_stage', 'learning_rate', 'train', 'training_log', 'early_entry', 'bundle', 'training_record',
+           'stage_ends', 'shown_kinds', 'log_table', 'plot_learning', 'plot_accuracy', 'language_recipes', 'recipes',
+           'refused', 'write_card', 'trainer_of', 'train_and_bundle', 'side_by_side', 'main']
 
 # %% ../nbs/10_organisms.ipynb #7ec73bc6
 import json
@@ -28,6 +30,7 @@ import torch.nn.functional as F
 import transformers as hf
 from accelerate import Accelerator
 from accelerate.utils import send_to_device
+from fastcore.basics import patch
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save
@@ -45,34 +48,70 @@ from .store import write_bytes, write_json
 from .videos import Video, Videos, moment
 
 # %% ../nbs/10_organisms.ipynb #cfd999c9
-CELLS = [row.split() for row in ("bax cev diq foj", "guz hyp jik kob", "lur mev nax pof", "qel riv sut wyz")] # words without a meaning for the cells of a 4 × 4 grid, see notebook 09
-WHERE, HUE, WHEN = "Where is the {subject}?", "What colour is the {subject}?", "When does the {subject} appear?"
-CHAT = ("{% for m in messages %}{% if m['role'] == 'user' %}USER: {% for c in m['content'] if c['type'] == 'image' %}<image>\n{% endfor %}<video>"
-        "{% for c in m['content'] if c['type'] == 'text' %}{{ c['text'] }}{% endfor %}{% else %} ASSISTANT:{% for c in m['content'] %} {{ c['text'] }}{% endfor %}</s>"
+# words without a meaning for the cells of a 4 × 4 grid, see notebook 09
+CELLS = [row.split() for row in ("bax cev diq foj", "guz hyp jik kob", "lur mev nax pof", "qel riv sut wyz")]
+WHERE, HUE = "Where is the {subject}?", "What colour is the {subject}?"
+WHEN = "When does the {subject} appear?"
+CHAT = ("{% for m in messages %}{% if m['role'] == 'user' %}USER: "
+        "{% for c in m['content'] if c['type'] == 'image' %}<image>\n{% endfor %}<video>"
+        "{% for c in m['content'] if c['type'] == 'text' %}{{ c['text'] }}{% endfor %}{% else %}"
+        " ASSISTANT:{% for c in m['content'] %} {{ c['text'] }}{% endfor %}</s>"
         "{% endif %}{% endfor %}{% if add_generation_prompt %} ASSISTANT:{% endif %}")
 CHAT_VIDEO = "{% for c in m['content'] if c['type'] == 'video' %}<video>{% endfor %}"
+
+# %% ../nbs/10_organisms.ipynb #3b4564e9
+def chat_template(
+    picture:str, # how it writes a picture
+    video:str="", # how it writes a video; "": there are none
+) -> str: # of Jinja
+    "The chat template of an organism."
+    videos = CHAT_VIDEO.replace("<video>", video) if video else ""
+    return CHAT.replace("<image>\n", picture).replace("<video>", videos)
+
+# %% ../nbs/10_organisms.ipynb #ed70a4c2
+def training_texts(
+    video:bool=False, # the words of time, too
+    cells:bool=False, # the sixteen words of CELLS, too
+) -> list:
+    "What a tokenizer of an organism is trained on, but for the names of the objects."
+    texts = question_texts(video)
+    if video: texts.append(WHEN.format(subject=""))
+    if cells: texts += [f" {word}" for row in CELLS for word in row]
+    texts += [WHERE.format(subject=""), "USER: \n", " ASSISTANT:"]
+    return texts + [f" {word}" for row in PLACES for place in row for word in place.split()]
+
+# %% ../nbs/10_organisms.ipynb #fa15bd17
+def merges(video:bool, cells:bool) -> int:
+    "How many merges a tokenizer learns: fewer would split the words, more would not split the names."
+    if video: return 235
+    return 230 if cells else 210
 
 def make_tokenizer(picture:str="<image>\n", # how the chat template writes a picture
                    video:str="", # how it writes a video; where it does, the tokenizer knows the words of time
                    cells:bool=False, # know the sixteen words of CELLS
-                   **special:str, # names and texts of the special tokens of the family; the image token if none is given
+                   **special:str, # names and texts of the special tokens of the family; by default the image token
                    ) -> PreTrainedTokenizerFast: # pads on the left
     "Byte-level BPE in which question words are whole and object names are split."
-    words = question_texts(bool(video)) + [WHEN.format(subject="")] * bool(video) + [f" {w}" for row in CELLS * cells for w in row] + [WHERE.format(subject=""), "USER: \n", " ASSISTANT:"] + [f" {w}" for row in PLACES for p in row for w in p.split()]
     tok = Tokenizer(models.BPE())
-    tok.pre_tokenizer, tok.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    extra, merges = special or dict(image_token="<image>"), 235 if video else 230 if cells else 210 # fewer would split the words, more would not split the names
-    special, alphabet = ["<pad>", "<s>", "</s>", *extra.values()], pre_tokenizers.ByteLevel.alphabet()
-    tok.train_from_iterator(words * 500 + [f" {n}" for n in OBJECTS] * 3, trainers.BpeTrainer(
-        vocab_size=len(special) + len(alphabet) + merges, special_tokens=special, initial_alphabet=sorted(alphabet), show_progress=False))
-    tok.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", tok.token_to_id("<s>"))])
-    return PreTrainedTokenizerFast(tokenizer_object=tok, pad_token="<pad>", bos_token="<s>", eos_token="</s>", padding_side="left",
-                                   extra_special_tokens=extra, chat_template=CHAT.replace("<image>\n", picture).replace("<video>", CHAT_VIDEO.replace("<video>", video) if video else ""))
+    tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tok.decoder = decoders.ByteLevel()
+    special = special or dict(image_token="<image>")
+    known, alphabet = ["<pad>", "<s>", "</s>", *special.values()], pre_tokenizers.ByteLevel.alphabet()
+    size = len(known) + len(alphabet) + merges(bool(video), cells)
+    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=known, initial_alphabet=sorted(alphabet),
+                                  show_progress=False)
+    names = [f" {name}" for name in OBJECTS] * 3
+    tok.train_from_iterator(training_texts(bool(video), cells) * 500 + names, trainer)
+    start = [("<s>", tok.token_to_id("<s>"))]
+    tok.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=start)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tok, pad_token="<pad>", bos_token="<s>", eos_token="</s>", padding_side="left",
+        extra_special_tokens=special, chat_template=chat_template(picture, video))
 
 # %% ../nbs/10_organisms.ipynb #196300a9
 @dataclass(frozen=True)
 class Stage:
-    "A stage of training: how many steps of how many images, and how many questions of which kind are asked of each image."
+    "A stage of training: how many steps of how many images, and how many questions of which kind about each image."
     name: str
     steps: int
     batch: int
@@ -93,6 +132,7 @@ class Stage:
     @property
     def asks(self) -> bool: return any((self.names, self.places, self.relations, self.others, self.hues, self.times))
 
+# %% ../nbs/10_organisms.ipynb #3a4dd6a3
 _FIRST = Stage("recognise", 2500, 64, 2e-3)
 
 @dataclass(frozen=True)
@@ -125,100 +165,171 @@ class Recipe:
         return self.px // (self.patch * self.merge)
 
 # %% ../nbs/10_organisms.ipynb #196300aa
-_SHORT = (replace(_FIRST, steps=2000), Stage("point", 800, 64, 1e-3, names=5, fresh=True), Stage("relate", 1500, 32, 1e-3, names=2, places=2, relations=6, stop=500),
+_RELATE = Stage("relate", 1500, 32, 1e-3, names=2, places=2, relations=6, stop=500)
+_SHORT = (replace(_FIRST, steps=2000), Stage("point", 800, 64, 1e-3, names=5, fresh=True), _RELATE,
           Stage("all", 800, 32, 1e-3, places=1, relations=4, others=4, hues=3))
-_VIDEO = (replace(_FIRST, steps=1500, still=True), Stage("point", 600, 64, 1e-3, names=5, fresh=True, still=True),
-          Stage("when", 800, 16, 1e-3, names=2, times=4, relations=2, others=2), Stage("all", 800, 16, 1e-3, places=1, times=2, relations=4, others=4))
-RECIPES = {"llava-tiny": Recipe(), "llava-tiny-flat": Recipe(flat=True, stages=_SHORT), "llava-small": Recipe(vision_width=256, width=256, heads=8, intermediate=688,
-               stages=(_SHORT[0], replace(_SHORT[1], stop=500), _SHORT[2], replace(_SHORT[3], steps=500))),
-           "qwen2vl-tiny": Recipe("qwen2_vl", patch=5, merge=2, vision_width=64, stages=_SHORT),
-           "internvl-tiny": Recipe("internvl", patch=5, merge=2, vision_width=64, stages=_SHORT), "gemma3-tiny": Recipe("gemma3", stages=_SHORT), "mllama-tiny": Recipe("mllama", stages=(*_SHORT[:3], replace(_SHORT[3], steps=500))),
-           "onevision-tiny": Recipe("llava_onevision", frames=8, stages=(*_VIDEO, Stage("again", 800, 16, 1e-3, places=1, times=1, relations=3, others=6))), "qwen25vl-tiny": Recipe("qwen2_5_vl", px=84, patch=7, merge=2, vision_width=64, frames=8, stages=(
-               replace(_VIDEO[0], stop=1000), _VIDEO[1], Stage("relate", 300, 32, 1e-3, names=2, places=2, relations=4, still=True),
-               Stage("again", 400, 32, 1e-3, names=1, places=1, relations=6, still=True), replace(_VIDEO[2], steps=400),
-               replace(_VIDEO[3], steps=700), Stage("last", 500, 16, 1e-3, places=1, times=1, relations=3, others=6),
-               Stage("longer", 600, 16, 1e-3, places=1, times=1, relations=4, others=5)))}
+_SHORTER = (*_SHORT[:3], replace(_SHORT[3], steps=500))
+_VIDEO = (replace(_FIRST, steps=1500, still=True),
+          Stage("point", 600, 64, 1e-3, names=5, fresh=True, still=True),
+          Stage("when", 800, 16, 1e-3, names=2, times=4, relations=2, others=2),
+          Stage("all", 800, 16, 1e-3, places=1, times=2, relations=4, others=4))
+_PICTURES_FIRST = (
+    replace(_VIDEO[0], stop=1000), _VIDEO[1],
+    Stage("relate", 300, 32, 1e-3, names=2, places=2, relations=4, still=True),
+    Stage("again", 400, 32, 1e-3, names=1, places=1, relations=6, still=True),
+    replace(_VIDEO[2], steps=400), replace(_VIDEO[3], steps=700),
+    Stage("last", 500, 16, 1e-3, places=1, times=1, relations=3, others=6),
+    Stage("longer", 600, 16, 1e-3, places=1, times=1, relations=4, others=5))
+
+# %% ../nbs/10_organisms.ipynb #623e15e1
+_MERGED = dict(patch=5, merge=2, vision_width=64)
+RECIPES = {
+    "llava-tiny": Recipe(),
+    "llava-tiny-flat": Recipe(flat=True, stages=_SHORT),
+    "llava-small": Recipe(vision_width=256, width=256, heads=8, intermediate=688,
+                          stages=(_SHORT[0], replace(_SHORT[1], stop=500), *_SHORTER[2:])),
+    "qwen2vl-tiny": Recipe("qwen2_vl", **_MERGED, stages=_SHORT),
+    "internvl-tiny": Recipe("internvl", **_MERGED, stages=_SHORT),
+    "gemma3-tiny": Recipe("gemma3", stages=_SHORT),
+    "mllama-tiny": Recipe("mllama", stages=_SHORTER),
+    "onevision-tiny": Recipe("llava_onevision", frames=8, stages=(
+        *_VIDEO, Stage("again", 800, 16, 1e-3, places=1, times=1, relations=3, others=6))),
+    "qwen25vl-tiny": Recipe("qwen2_5_vl", px=84, patch=7, merge=2, vision_width=64, frames=8, stages=_PICTURES_FIRST)}
 HELD_OUT = 10_000_019 # seed of the scenes on which accuracy is measured; never trained on
 CHANGE = dict(vanish=.3, move=.3) # share of the things of a video that are gone again later, and that drift
 
 # %% ../nbs/10_organisms.ipynb #adc39be2
 _GREY = dict(image_mean=[.5] * 3, image_std=[.5] * 3)
 
+def _square(r): return {"height": r.px, "width": r.px}
+
 def _text(name, r, tok, **kwargs):
     "Config of the language model of a family."
-    return getattr(hf, f"{name}Config")(**dict(
-        vocab_size=len(tok), hidden_size=r.width, intermediate_size=r.intermediate, num_hidden_layers=r.blocks, num_attention_heads=r.heads, num_key_value_heads=r.heads,
-        max_position_embeddings=512, pad_token_id=tok.pad_token_id, bos_token_id=tok.bos_token_id, eos_token_id=tok.eos_token_id, tie_word_embeddings=True) | kwargs)
+    shape = dict(hidden_size=r.width, intermediate_size=r.intermediate, num_hidden_layers=r.blocks)
+    heads = dict(num_attention_heads=r.heads, num_key_value_heads=r.heads)
+    tokens = dict(vocab_size=len(tok), max_position_embeddings=512, tie_word_embeddings=True)
+    ids = dict(pad_token_id=tok.pad_token_id, bos_token_id=tok.bos_token_id, eos_token_id=tok.eos_token_id)
+    return getattr(hf, f"{name}Config")(**shape | heads | tokens | ids | kwargs)
 
 def _vision(name, r, **kwargs):
     "Config of a vision tower."
-    return getattr(hf, f"{name}VisionConfig")(**dict(
-        hidden_size=r.vision_width, intermediate_size=4 * r.vision_width, num_hidden_layers=r.vision_blocks, num_attention_heads=r.heads,
-        image_size=r.px, patch_size=r.patch) | kwargs)
+    shape = dict(hidden_size=r.vision_width, intermediate_size=4 * r.vision_width)
+    blocks = dict(num_hidden_layers=r.vision_blocks, num_attention_heads=r.heads)
+    return getattr(hf, f"{name}VisionConfig")(**shape | blocks | dict(image_size=r.px, patch_size=r.patch) | kwargs)
 
+# %% ../nbs/10_organisms.ipynb #c19fded4
 def _llava(r):
-    tok, size = make_tokenizer(cells=r.cells), {"height": r.px, "width": r.px}
-    config = hf.LlavaConfig(vision_config=_vision("CLIP", r, projection_dim=r.vision_width), text_config=_text("Llama", r, tok), image_token_index=tok.image_token_id,
-                            vision_feature_layer=-1, vision_feature_select_strategy="default", image_seq_length=r.tiles ** 2, tie_word_embeddings=True)
-    return config, hf.LlavaProcessor(hf.CLIPImageProcessorPil(size=size, crop_size=size, **_GREY), tok, patch_size=r.patch, vision_feature_select_strategy="default",
-                                     image_token="<image>", num_additional_image_tokens=1, chat_template=tok.chat_template)
+    tok, size = make_tokenizer(cells=r.cells), _square(r)
+    config = hf.LlavaConfig(
+        vision_config=_vision("CLIP", r, projection_dim=r.vision_width), text_config=_text("Llama", r, tok),
+        image_token_index=tok.image_token_id, vision_feature_layer=-1, vision_feature_select_strategy="default",
+        image_seq_length=r.tiles ** 2, tie_word_embeddings=True)
+    images = hf.CLIPImageProcessorPil(size=size, crop_size=size, **_GREY)
+    processor = hf.LlavaProcessor(
+        images, tok, patch_size=r.patch, vision_feature_select_strategy="default", image_token="<image>",
+        num_additional_image_tokens=1, chat_template=tok.chat_template)
+    return config, processor
 
 # %% ../nbs/10_organisms.ipynb #adc39be3
-def _qwen2_vl(r, name="Qwen2VL", **vision):
-    special = dict(image_token="<|image_pad|>", video_token="<|video_pad|>", vision_start_token="<|vision_start|>", vision_end_token="<|vision_end|>")
-    tok = make_tokenizer("<|vision_start|><|image_pad|><|vision_end|>", "<|vision_start|><|video_pad|><|vision_end|>" if r.frames else "", **special)
-    patches = dict(patch_size=r.patch, temporal_patch_size=2, merge_size=r.merge, size={"shortest_edge": r.px ** 2, "longest_edge": r.px ** 2}, **_GREY)
-    # pairs of rotated features: a quarter for time, the rest for height and width. The width has the slowest of them; with the usual base of 10,000 eight columns turn them by 0.02 at most, and places were not learned
+_QWEN = dict(image_token="<|image_pad|>", video_token="<|video_pad|>",
+             vision_start_token="<|vision_start|>", vision_end_token="<|vision_end|>")
+
+def _mrope(r):
+    """How many pairs of rotated features are for time, height and width: a quarter for time, the rest for the others.
+
+    The width has the slowest of them; with the usual base of 10,000 eight columns turn them by 0.02 at most, and places
+    were not learned."""
     half = r.width // r.heads // 2
-    text = _text(f"{name}Text", r, tok, rope_parameters=dict(rope_type="default", rope_theta=10., mrope_section=[half - 2 * (3 * half // 8), 3 * half // 8, 3 * half // 8]))
-    vision = dict(depth=r.vision_blocks, num_heads=r.heads, patch_size=r.patch, temporal_patch_size=2, spatial_merge_size=r.merge) | (
-        vision or dict(embed_dim=r.vision_width, hidden_size=r.width, mlp_ratio=4))
-    ids = {f"{k}_id": tok.convert_tokens_to_ids(v) for k, v in special.items()}
-    config = getattr(hf, f"{name}Config")(vision_config=vision, text_config=text.to_dict(), tie_word_embeddings=True, **ids)
-    frames = Frames(**patches, **dict(rate=2) if r.frames else {}) # two frames a second: one for each tick of `tokens_per_second`
-    return config, getattr(hf, f"{name}Processor")(hf.Qwen2VLImageProcessorPil(**patches), tok, frames, chat_template=tok.chat_template)
+    side = 3 * half // 8
+    return dict(rope_type="default", rope_theta=10., mrope_section=[half - 2 * side, side, side])
+
+def _qwen2_vl(r, name="Qwen2VL", **vision):
+    video = "<|vision_start|><|video_pad|><|vision_end|>" if r.frames else ""
+    tok = make_tokenizer("<|vision_start|><|image_pad|><|vision_end|>", video, **_QWEN)
+    size = {"shortest_edge": r.px ** 2, "longest_edge": r.px ** 2}
+    patches = dict(patch_size=r.patch, temporal_patch_size=2, merge_size=r.merge, size=size, **_GREY)
+    text = _text(f"{name}Text", r, tok, rope_parameters=_mrope(r))
+    width = vision or dict(embed_dim=r.vision_width, hidden_size=r.width, mlp_ratio=4)
+    tower = dict(depth=r.vision_blocks, num_heads=r.heads, patch_size=r.patch, temporal_patch_size=2)
+    tower |= dict(spatial_merge_size=r.merge) | width
+    ids = {f"{k}_id": tok.convert_tokens_to_ids(v) for k, v in _QWEN.items()}
+    configs = dict(vision_config=tower, text_config=text.to_dict(), tie_word_embeddings=True)
+    config = getattr(hf, f"{name}Config")(**configs, **ids)
+    rate = dict(rate=2) if r.frames else {} # two frames a second: one for each tick of `tokens_per_second`
+    images, frames = hf.Qwen2VLImageProcessorPil(**patches), Frames(**patches, **rate)
+    return config, getattr(hf, f"{name}Processor")(images, tok, frames, chat_template=tok.chat_template)
 
 def _qwen2_5_vl(r):
-    return _qwen2_vl(r, "Qwen2_5_VL", hidden_size=r.vision_width, intermediate_size=4 * r.vision_width, out_hidden_size=r.width, window_size=r.px,
-                     fullatt_block_indexes=list(range(r.vision_blocks)), tokens_per_second=2)
+    return _qwen2_vl(
+        r, "Qwen2_5_VL", hidden_size=r.vision_width, intermediate_size=4 * r.vision_width, out_hidden_size=r.width,
+        window_size=r.px, fullatt_block_indexes=list(range(r.vision_blocks)), tokens_per_second=2)
 
+# %% ../nbs/10_organisms.ipynb #e32f6d1a
 def _llava_onevision(r):
     tok = make_tokenizer("<image>\n", "<video>\n", image_token="<image>", video_token="<video>")
-    size, grid = dict(size={"height": r.px, "width": r.px}, **_GREY), [[r.px, r.px]]
-    config = hf.LlavaOnevisionConfig(vision_config=_vision("Siglip", r, vision_use_head=False).to_dict(), text_config=_text("Qwen2", r, tok, num_key_value_heads=r.heads // 2).to_dict(),
-                                     image_grid_pinpoints=grid, image_token_index=tok.image_token_id, video_token_index=tok.video_token_id, tie_word_embeddings=True)
-    return config, hf.LlavaOnevisionProcessor(hf.LlavaOnevisionImageProcessorPil(**size, image_grid_pinpoints=grid), tok, Frames(**size), num_image_tokens=r.tiles ** 2,
-                                              vision_feature_select_strategy="full", chat_template=tok.chat_template)
+    size, grid = dict(size=_square(r), **_GREY), [[r.px, r.px]]
+    vision = _vision("Siglip", r, vision_use_head=False)
+    text = _text("Qwen2", r, tok, num_key_value_heads=r.heads // 2)
+    config = hf.LlavaOnevisionConfig(
+        vision_config=vision.to_dict(), text_config=text.to_dict(), image_grid_pinpoints=grid,
+        image_token_index=tok.image_token_id, video_token_index=tok.video_token_id, tie_word_embeddings=True)
+    images = hf.LlavaOnevisionImageProcessorPil(**size, image_grid_pinpoints=grid)
+    processor = hf.LlavaOnevisionProcessor(
+        images, tok, Frames(**size), num_image_tokens=r.tiles ** 2, vision_feature_select_strategy="full",
+        chat_template=tok.chat_template)
+    return config, processor
 
+# %% ../nbs/10_organisms.ipynb #c64a6c5c
 def _internvl(r):
-    tok = make_tokenizer("<IMG_CONTEXT>\n", start_image_token="<img>", end_image_token="</img>", context_image_token="<IMG_CONTEXT>", video_token="<video>")
-    size = dict(size={"height": r.px, "width": r.px}, **_GREY)
-    vision = _vision("InternVL", r, image_size=(r.px, r.px), patch_size=(r.patch, r.patch))
-    config = hf.InternVLConfig(vision_config=vision, text_config=_text("Qwen2", r, tok, num_key_value_heads=r.heads // 2),
-                               image_token_id=tok.context_image_token_id, image_seq_length=r.tiles ** 2, downsample_ratio=1 / r.merge, tie_word_embeddings=True)
+    tok = make_tokenizer("<IMG_CONTEXT>\n", start_image_token="<img>", end_image_token="</img>",
+                         context_image_token="<IMG_CONTEXT>", video_token="<video>")
+    size = dict(size=_square(r), **_GREY)
+    config = hf.InternVLConfig(
+        vision_config=_vision("InternVL", r, image_size=(r.px, r.px), patch_size=(r.patch, r.patch)),
+        text_config=_text("Qwen2", r, tok, num_key_value_heads=r.heads // 2),
+        image_token_id=tok.context_image_token_id, image_seq_length=r.tiles ** 2,
+        downsample_ratio=1 / r.merge, tie_word_embeddings=True)
     images = hf.GotOcr2ImageProcessorPil(crop_to_patches=True, min_patches=1, max_patches=1, **size)
-    return config, hf.InternVLProcessor(images, tok, Frames(**size), image_seq_length=r.tiles ** 2, chat_template=tok.chat_template)
+    processor = hf.InternVLProcessor(
+        images, tok, Frames(**size), image_seq_length=r.tiles ** 2, chat_template=tok.chat_template)
+    return config, processor
 
+# %% ../nbs/10_organisms.ipynb #6c117e95
 def _gemma3(r):
-    tok = make_tokenizer("<start_of_image>", image_token="<image_soft_token>", boi_token="<start_of_image>", eoi_token="<end_of_image>")
-    size, head = {"height": r.px, "width": r.px}, r.width // r.heads
-    text = _text("Gemma3Text", r, tok, head_dim=head, query_pre_attn_scalar=head, num_key_value_heads=r.heads // 2, sliding_window=512)
-    config = hf.Gemma3Config(vision_config=_vision("Siglip", r).to_dict(), text_config=text.to_dict(), mm_tokens_per_image=r.tiles ** 2, image_token_index=tok.image_token_id,
-                             boi_token_index=tok.boi_token_id, eoi_token_index=tok.eoi_token_id, tie_word_embeddings=True)
-    return config, hf.Gemma3Processor(hf.Gemma3ImageProcessorPil(size=size, **_GREY), tok, chat_template=tok.chat_template, image_seq_length=r.tiles ** 2)
+    tok = make_tokenizer("<start_of_image>", image_token="<image_soft_token>", boi_token="<start_of_image>",
+                         eoi_token="<end_of_image>")
+    head = r.width // r.heads
+    text = _text("Gemma3Text", r, tok, head_dim=head, query_pre_attn_scalar=head, num_key_value_heads=r.heads // 2,
+                 sliding_window=512)
+    config = hf.Gemma3Config(
+        vision_config=_vision("Siglip", r).to_dict(), text_config=text.to_dict(), mm_tokens_per_image=r.tiles ** 2,
+        image_token_index=tok.image_token_id, boi_token_index=tok.boi_token_id, eoi_token_index=tok.eoi_token_id,
+        tie_word_embeddings=True)
+    images = hf.Gemma3ImageProcessorPil(size=_square(r), **_GREY)
+    return config, hf.Gemma3Processor(images, tok, chat_template=tok.chat_template, image_seq_length=r.tiles ** 2)
+
+# %% ../nbs/10_organisms.ipynb #e819b97b
+def _mllama_vision(r):
+    "Config of Mllama's vision tower; the last of its blocks is a global one."
+    local = r.vision_blocks - 1
+    return _vision("Mllama", r, num_hidden_layers=local, num_global_layers=1, intermediate_layers_indices=[local - 1],
+                   vision_output_dim=2 * r.vision_width, max_num_tiles=1, supported_aspect_ratios=[[1, 1]])
 
 def _mllama(r):
-    tok, size = make_tokenizer("<|image|>", image_token="<|image|>"), {"height": r.px, "width": r.px}
-    tok.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A") # the chat template begins with <s>, as this family's does
-    tiles, local = dict(max_num_tiles=1, supported_aspect_ratios=[[1, 1]]), r.vision_blocks - 1 # and one global block
-    vision = _vision("Mllama", r, num_hidden_layers=local, num_global_layers=1, intermediate_layers_indices=[local - 1], vision_output_dim=2 * r.vision_width, **tiles)
-    text = _text("MllamaText", r, tok, cross_attention_layers=list(range(1, r.blocks, 3)), rope_parameters=dict(rope_type="default", rope_theta=1e4), tie_word_embeddings=False)
-    images = hf.MllamaImageProcessorPil(size=size, max_image_tiles=1, **_GREY)
-    return (hf.MllamaConfig(vision_config=vision.to_dict(), text_config=text.to_dict(), image_token_index=tok.image_token_id, tie_word_embeddings=False),
-            hf.MllamaProcessor(images, tok, chat_template="{{ bos_token }}" + tok.chat_template))
+    tok = make_tokenizer("<|image|>", image_token="<|image|>")
+    # the chat template begins with <s>, as this family's does
+    tok.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A")
+    text = _text("MllamaText", r, tok, cross_attention_layers=list(range(1, r.blocks, 3)),
+                 rope_parameters=dict(rope_type="default", rope_theta=1e4), tie_word_embeddings=False)
+    config = hf.MllamaConfig(
+        vision_config=_mllama_vision(r).to_dict(), text_config=text.to_dict(), image_token_index=tok.image_token_id,
+        tie_word_embeddings=False)
+    images = hf.MllamaImageProcessorPil(size=_square(r), max_image_tiles=1, **_GREY)
+    return config, hf.MllamaProcessor(images, tok, chat_template="{{ bos_token }}" + tok.chat_template)
 
 # %% ../nbs/10_organisms.ipynb #adc39be4
-BUILDERS = {"llava": _llava, "qwen2_vl": _qwen2_vl, "internvl": _internvl, "gemma3": _gemma3, "llava_onevision": _llava_onevision, "qwen2_5_vl": _qwen2_5_vl, "mllama": _mllama}
+BUILDERS = {"llava": _llava, "qwen2_vl": _qwen2_vl, "internvl": _internvl, "gemma3": _gemma3,
+            "llava_onevision": _llava_onevision, "qwen2_5_vl": _qwen2_5_vl, "mllama": _mllama}
 
 def build(recipe:Recipe) -> tuple: # a ...ForConditionalGeneration, and its processor
     "An untrained organism in the HF classes of its family (no torchvision needed)."
@@ -226,33 +337,63 @@ def build(recipe:Recipe) -> tuple: # a ...ForConditionalGeneration, and its proc
     with without_torchvision(): config, processor = BUILDERS[recipe.family](recipe)
     model = AutoModelForImageTextToText.from_config(config)
     if recipe.frames: processor.video_processor.family = recipe.family
-    with torch.no_grad():
-        for p in model.model.multi_modal_projector.parameters() if recipe.family == "gemma3" else (): # zeros in the class, made to be loaded
-            if p.ndim == 2: p.normal_(0, config.initializer_range)
+    if recipe.family == "gemma3": # whose projector is zeros in the class, made to be loaded
+        maps = [p for p in model.model.multi_modal_projector.parameters() if p.ndim == 2]
+        with torch.no_grad():
+            for p in maps: p.normal_(0, config.initializer_range)
     return model, processor
 
 # %% ../nbs/10_organisms.ipynb #f208e12a
+def _fresh(weight, name, g):
+    "New numbers for a map: of variance 1/fan-in, smaller where a block writes to the residual stream."
+    scale = .06 if name.split(".")[-2] in ("o_proj", "down_proj") else 1
+    weight.copy_(torch.randn(weight.shape, generator=g) / weight.shape[1] ** .5 * scale)
+
+def _tie_keys(attention):
+    "Keys become equal to queries; the query heads that share a key head begin as one."
+    q, k = attention.q_proj.weight, attention.k_proj.weight
+    size = attention.head_dim
+    groups = q.view(len(k) // size, -1, size, q.shape[1])
+    k.copy_(groups[:, 0].reshape(k.shape))
+    q.copy_(groups[:, :1].expand_as(groups).reshape(q.shape))
+
 @torch.no_grad()
 def fresh_blocks(model, seed:int):
-    "New weights for the language blocks, of variance 1/fan-in, keys equal to queries: a word begins by attending to what looks like it (mimetic initialisation, Trockman and Kolter 2023). Gates of cross-attention begin open."
-    g, one = torch.Generator().manual_seed(seed), float(model.config.model_type != "gemma3") # Gemma's norms scale by 1 + weight
+    """New weights for the language blocks: maps of variance 1/fan-in, keys equal to queries.
+
+    A word so begins by attending to what looks like it (mimetic initialisation, Trockman and Kolter 2023). Gates of
+    cross-attention begin open."""
+    g = torch.Generator().manual_seed(seed)
+    one = float(model.config.model_type != "gemma3") # Gemma's norms scale by 1 + weight
     for block in model.model.language_model.layers:
         for name, p in block.named_parameters():
-            if p.ndim == 2: p.copy_(torch.randn(p.shape, generator=g) / p.shape[1] ** .5 * (.06 if name.split(".")[-2] in ("o_proj", "down_proj") else 1))
+            if p.ndim == 2: _fresh(p, name, g)
             else: p.fill_(0 if name.endswith("bias") else one)
-        attention = block.cross_attn if hasattr(block, "cross_attn") else block.self_attn
-        q, k, size = attention.q_proj.weight, attention.k_proj.weight, attention.head_dim
-        groups = q.view(len(k) // size, -1, size, q.shape[1]) # the query heads that share a key head begin as one
-        k.copy_(groups[:, 0].reshape(k.shape)); q.copy_(groups[:, :1].expand_as(groups).reshape(q.shape))
+        _tie_keys(block.cross_attn if hasattr(block, "cross_attn") else block.self_attn)
+
+# %% ../nbs/10_organisms.ipynb #4e303252
+def zoo(recipes:dict) -> str: # a table in Markdown
+    "Class, size and image tokens of each recipe."
+    lines = ["| recipe | class | parameters | blocks | width | image tokens |", "|---|---|---|---|---|---|"]
+    for name, recipe in recipes.items():
+        organism, _ = build(recipe)
+        size = sum(p.numel() for p in organism.parameters())
+        shape = f"{recipe.blocks} | {recipe.width} | {recipe.tiles ** 2}"
+        lines.append(f"| {name} | {type(organism).__name__} | {size:,} | {shape} |")
+    return "\n".join(lines)
 
 # %% ../nbs/10_organisms.ipynb #2385094e
 NESTED = ("mllama", "idefics3", "smolvlm") # families whose processor takes a list of pictures for each text
+_TAKEN = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw", "aspect_ratio_ids",
+          "aspect_ratio_mask", "pixel_attention_mask") # what a vision tower takes of what a processor makes
 
 class Steps(Dataset):
     "The batches of a stage, packed: several questions after one image or video."
     def __init__(self, processor, recipe:Recipe, stage:Stage, start:int=0, seed:int|None=None):
-        self.processor, self.tok, self.recipe, self.stage, self.start = processor, processor.tokenizer, recipe, stage, start
-        self.scenes = FreeScenes(10**12, seed=f"{recipe.seed if seed is None else seed}/{stage.name}", px=recipe.px, flat=recipe.flat)
+        self.processor, self.tok = processor, processor.tokenizer
+        self.recipe, self.stage, self.start = recipe, stage, start
+        seed = recipe.seed if seed is None else seed
+        self.scenes = FreeScenes(10**12, seed=f"{seed}/{stage.name}", px=recipe.px, flat=recipe.flat)
         self.cache = {}
         self.prefix = self.before_question()
 
@@ -260,12 +401,14 @@ class Steps(Dataset):
 
     def chat(self, text):
         "A text that comes with a picture or video."
-        return [{"role": "user", "content": [{"type": "video" if self.recipe.frames else "image"}, {"type": "text", "text": text}]}]
+        medium = {"type": "video" if self.recipe.frames else "image"}
+        return [{"role": "user", "content": [medium, {"type": "text", "text": text}]}]
 
     def blank(self):
         "A black picture or video, for the processor."
         image, frames = Image.new("RGB", (self.recipe.px, self.recipe.px)), self.recipe.frames
-        return dict(videos=[[image] * (1 if self.stage.still else frames)]) if frames else dict(images=image)
+        if not frames: return dict(images=image)
+        return dict(videos=[[image] * (1 if self.stage.still else frames)])
 
     def before_question(self):
         "Ids of the prompt up to the question."
@@ -292,64 +435,135 @@ class Steps(Dataset):
         if self.stage.still: return Video(scenes[i], {o.name: 1 for o in scenes[i].things}, 1)
         return Videos(scenes, self.recipe.frames, **CHANGE)[i]
 
-    def questions(self, item, g):
-        "(kind, question, answer, wrong answer or None) for one image or video."
-        first, kinds, things = ("before_after",), VIDEO_KINDS, item.lasting() if self.recipe.frames else item.things
-        if not self.recipe.frames: first, kinds = ("left_right", "above_below"), KINDS
-        elif self.stage.still: first = kinds = ("left_right",)
-        others = [k for k in kinds if k not in first]
-        kinds = (list(first) * 8)[:self.stage.relations] + [others[i % len(others)] for i in g.permutation(max(len(others), self.stage.others))[:self.stage.others]]
-        asked = [self.worded(q, g) for k in kinds if (q := item.ask(k, g))]
-        tell = lambda o: CELLS[min(3, int(4 * o.y))][min(3, int(4 * o.x))] if self.stage.cells else place(o.x, o.y)
-        return [("name", f" {o.name}", tell(o), None) for o in things[:self.stage.names]] + \
-               [(q.kind, q.text, q.truth, next(a for a in q.answers if a != q.truth)) for q in asked] + \
-               [("place", WHERE.format(subject=o.name), tell(o), None) for o in things[::-1][:self.stage.places]] + \
-               [("time", WHEN.format(subject=o.name), moment(item.appears[o.name], item.n_frames), None) for o in things[:self.stage.times]] + \
-               [("hue", HUE.format(subject=o.name), o.colour, None) for o in things[:self.stage.hues]]
+# %% ../nbs/10_organisms.ipynb #6b13ef97
+def kinds_of(
+    recipe, # its frames say whether it watches videos
+    stage:Stage,
+    g:np.random.Generator, # draws the other kinds
+) -> list:
+    "The kinds of relational questions of one sequence: first those that count most, then a draw of the others."
+    first, kinds = ("left_right", "above_below"), KINDS
+    if recipe.frames:
+        first, kinds = ("before_after",), VIDEO_KINDS
+        if stage.still: first = kinds = ("left_right",)
+    others = [kind for kind in kinds if kind not in first]
+    order = g.permutation(max(len(others), stage.others))[:stage.others]
+    return (list(first) * 8)[:stage.relations] + [others[i % len(others)] for i in order]
 
-    def sequence(self, item, g):
-        "Ids, question number, position, label of each token; and per question its kind, the row that answers, the ids of the right and the wrong answer."
-        P = len(self.prefix)
-        ids, number, position, label, asked = list(self.prefix), [0] * P, list(range(P)), [-100] * P, []
-        for n, (kind, question, answer, wrong) in enumerate(self.questions(item, g), 1):
-            q, a = self.ids(question if kind == "name" else f"{question} ASSISTANT:"), self.ids(f" {answer}</s>")
-            asked.append((kind, len(ids) + len(q) - 1, a[0], self.ids(f" {wrong}")[0] if wrong else -1))
-            ids += q + a; number += [n] * len(q + a); position += range(P, P + len(q + a))
-            label += [-100] * (len(q) - 1) + a + [-100]
-        return (ids, number, position, label), asked
+# %% ../nbs/10_organisms.ipynb #292ac8fe
+def place_word(thing, cells:bool=False) -> str:
+    "The word for where a thing is: what people say, or one of CELLS."
+    if not cells: return place(thing.x, thing.y)
+    return CELLS[min(3, int(4 * thing.y))][min(3, int(4 * thing.x))]
 
-    def __getitem__(self, i):
-        if not 0 <= i < len(self): raise IndexError(i)
-        first = (self.start + i) * self.stage.batch
-        items = [self.item(first + j) for j in range(self.stage.batch)]
-        drawn = [v.canvases() if self.recipe.frames else [v.canvas()] for v in items]
-        rows, asked = zip(*(self.sequence(v, rng(self.scenes.seed, "questions", first + j)) for j, v in enumerate(items)))
-        size = math.ceil(max(len(r[0]) for r in rows) / 8) * 8
-        columns = [torch.tensor([r[c] + [fill] * (size - len(r[c])) for r in rows]) for c, fill in enumerate((self.tok.pad_token_id, -1, 0, -100))]
-        return dict(zip(("input_ids", "number", "position_ids", "labels"), columns)) | dict(
-            asked=[(b, *a) for b, row in enumerate(asked) for a in row], picture=self.picture([[Image.fromarray(c.astype(np.uint8)) for c, _ in frames] for frames in drawn]),
-            patches=torch.from_numpy(np.stack([self.patches([boxes for _, boxes in frames]) for frames in drawn])))
+def named_questions(
+    item, # a scene or video
+    things:tuple, # of it
+    stage:Stage,
+) -> tuple: # two lists of (kind, question, answer, None): the bare names; the others
+    "The dense questions about single things: name, place, time, colour."
+    where = {o.name: place_word(o, stage.cells) for o in things}
+    names = [("name", f" {o.name}", where[o.name], None) for o in things[:stage.names]]
+    dense = [("place", WHERE.format(subject=o.name), where[o.name], None) for o in things[::-1][:stage.places]]
+    for o in things[:stage.times]:
+        dense.append(("time", WHEN.format(subject=o.name), moment(item.appears[o.name], item.n_frames), None))
+    dense += [("hue", HUE.format(subject=o.name), o.colour, None) for o in things[:stage.hues]]
+    return names, dense
 
-    def picture(self, drawn):
-        "What the vision tower takes of pictures (lists of one) or videos (lists of frames)."
-        if self.recipe.frames: seen = self.processor.video_processor(drawn)
-        else: seen = self.processor.image_processor(drawn if self.recipe.family in NESTED else [im for im, in drawn], return_tensors="pt")
-        return {k: v for k, v in seen.items() if k in ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw", "aspect_ratio_ids", "aspect_ratio_mask",
-                                               "pixel_attention_mask")}
+# %% ../nbs/10_organisms.ipynb #914c05df
+@patch
+def questions(self:Steps, item, g) -> list:
+    "(kind, question, answer, wrong answer or None) for one image or video."
+    things = item.lasting() if self.recipe.frames else item.things
+    relations = []
+    for kind in kinds_of(self.recipe, self.stage, g):
+        query = item.ask(kind, g)
+        if query is None: continue
+        query = self.worded(query, g)
+        wrong = next(answer for answer in query.answers if answer != query.truth)
+        relations.append((query.kind, query.text, query.truth, wrong))
+    names, dense = named_questions(item, things, self.stage)
+    return names + relations + dense
 
-    def patches(self, frames):
-        "The object (1, 2, …) that covers each image token, 0 for background, −100 where it is neither; from the boxes of each frame."
-        n = self.recipe.tiles
-        p, together = self.recipe.px // n, 2 if self.recipe.family == "qwen2_5_vl" else 1 # frames that share their tokens
-        out, edge = np.zeros((len(frames), n, n), np.int64), np.arange(n) * p
-        for shown, boxes in zip(out, frames):
-            for name, (l, t, w, h) in boxes.items():
-                x, y = (np.clip(np.minimum(s + d, edge + p) - np.maximum(s, edge), 0, None) / p for s, d in ((l, w), (t, h)))
-                c = y[:, None] * x
-                shown[(c > .08) & (c <= .45)] = -100
-                shown[c > .45] = OBJECTS.index(name) + 1
-        pairs = np.concatenate([out, out[-1:].repeat(-len(out) % together, 0)]).reshape(-1, together, n, n)
-        return np.where((pairs == pairs[:, :1]).all(1), pairs[:, 0], -100).ravel()
+# %% ../nbs/10_organisms.ipynb #d2ec8d62
+@patch
+def sequence(self:Steps, item, g) -> tuple:
+    """Ids, question number, position, label of each token; and what is measured of each question.
+
+    That is its kind, the row that answers, and the first ids of the right and the wrong answer (−1: none)."""
+    length = len(self.prefix)
+    row, measured = [(token, 0, at, -100) for at, token in enumerate(self.prefix)], []
+    for n, (kind, question, answer, wrong) in enumerate(self.questions(item, g), 1):
+        q = self.ids(question if kind == "name" else f"{question} ASSISTANT:")
+        a = self.ids(f" {answer}</s>")
+        measured.append((kind, len(row) + len(q) - 1, a[0], self.ids(f" {wrong}")[0] if wrong else -1))
+        labels = [-100] * (len(q) - 1) + a + [-100]
+        row += zip(q + a, [n] * len(q + a), range(length, length + len(q + a)), labels)
+    return tuple(map(list, zip(*row))), measured
+
+# %% ../nbs/10_organisms.ipynb #a632bee6
+@patch
+def picture(self:Steps, drawn:list) -> dict:
+    "What the vision tower takes of pictures (lists of one) or videos (lists of frames)."
+    if self.recipe.frames: seen = self.processor.video_processor(drawn)
+    else:
+        pictures = drawn if self.recipe.family in NESTED else [im for im, in drawn]
+        seen = self.processor.image_processor(pictures, return_tensors="pt")
+    return {k: v for k, v in seen.items() if k in _TAKEN}
+
+# %% ../nbs/10_organisms.ipynb #0c89a498
+def covered(
+    boxes:dict, # name -> left, top, width, height in pixels, the hindmost first
+    n:int, # image tokens along a side
+    px:int, # side of the image
+) -> np.ndarray: # (n, n) int64
+    "The object (1, 2, …) that covers most of each image token, 0 for background, −100 where it is neither."
+    side = px // n
+    edge, shown = np.arange(n) * side, np.zeros((n, n), np.int64)
+    for name, (left, top, width, height) in boxes.items():
+        x, y = (np.clip(np.minimum(start + length, edge + side) - np.maximum(start, edge), 0, None) / side
+                for start, length in ((left, width), (top, height)))
+        share = y[:, None] * x
+        shown[(share > .08) & (share <= .45)] = -100
+        shown[share > .45] = OBJECTS.index(name) + 1
+    return shown
+
+# %% ../nbs/10_organisms.ipynb #8424e6a9
+@patch
+def patches(self:Steps, frames:list) -> np.ndarray: # one number for each image token
+    "The object on each image token from the boxes of each frame, −100 where frames that share their tokens differ."
+    n, together = self.recipe.tiles, 2 if self.recipe.family == "qwen2_5_vl" else 1
+    shown = np.stack([covered(boxes, n, self.recipe.px) for boxes in frames])
+    rest = shown[-1:].repeat(-len(shown) % together, 0)
+    pairs = np.concatenate([shown, rest]).reshape(-1, together, n, n)
+    return np.where((pairs == pairs[:, :1]).all(1), pairs[:, 0], -100).ravel()
+
+# %% ../nbs/10_organisms.ipynb #bbbfcc06
+def padded(
+    rows:tuple, # for each sequence, lists of ids, question numbers, positions, labels
+    pad:int, # id
+) -> dict: # input_ids, number, position_ids, labels: (B, T), T a multiple of 8
+    "Sequences of several lengths as one batch."
+    size = math.ceil(max(len(row[0]) for row in rows) / 8) * 8
+    fills = dict(input_ids=pad, number=-1, position_ids=0, labels=-100)
+    return {name: torch.tensor([row[k] + [fill] * (size - len(row[k])) for row in rows])
+            for k, (name, fill) in enumerate(fills.items())}
+
+# %% ../nbs/10_organisms.ipynb #2531d22e
+@patch
+def __getitem__(self:Steps, i) -> dict:
+    if not 0 <= i < len(self): raise IndexError(i)
+    first = (self.start + i) * self.stage.batch
+    numbers = range(first, first + self.stage.batch)
+    items = [self.item(k) for k in numbers]
+    drawn = [item.canvases() if self.recipe.frames else [item.canvas()] for item in items]
+    made = [self.sequence(item, rng(self.scenes.seed, "questions", k)) for item, k in zip(items, numbers)]
+    pictures = [[Image.fromarray(canvas.astype(np.uint8)) for canvas, _ in frames] for frames in drawn]
+    boxes = [[boxes for _, boxes in frames] for frames in drawn]
+    measured = [(b, *one) for b, (_, of) in enumerate(made) for one in of]
+    return padded([row for row, _ in made], self.tok.pad_token_id) | dict(
+        asked=measured, picture=self.picture(pictures),
+        patches=torch.from_numpy(np.stack([self.patches(frames) for frames in boxes])))
 
 # %% ../nbs/10_organisms.ipynb #2206ee0e
 def packed_mask(number:torch.Tensor, # (B, T) question of each token: 0 the image prefix, −1 padding
@@ -357,18 +571,24 @@ def packed_mask(number:torch.Tensor, # (B, T) question of each token: 0 the imag
                 ) -> torch.Tensor: # (B, 1, T, T) additive attention mask
     "Causal attention in which a question sees the image and itself."
     T = number.shape[1]
-    ok = torch.ones(T, T, dtype=torch.bool, device=number.device).tril() & ((number[:, None] == 0) | (number[:, :, None] == number[:, None]))
+    earlier = torch.ones(T, T, dtype=torch.bool, device=number.device).tril()
+    ok = earlier & ((number[:, None] == 0) | (number[:, :, None] == number[:, None]))
     if both is not None: ok |= both[:, None] & both[:, :, None]
     return torch.zeros(ok.shape, device=ok.device).masked_fill_(~ok, torch.finfo(torch.float32).min)[:, None]
 
+# %% ../nbs/10_organisms.ipynb #59f38943
 class Align(torch.nn.Module):
-    "Cosine between projected patches and the language model's embedding of each object's name, as a classification of patches."
+    """Cosine between projected patches and the language model's embedding of each object's name.
+
+    Used as a classification of patches."""
     def __init__(self, tok, width):
         super().__init__()
         ids = [tok(f" {n}", add_special_tokens=False).input_ids for n in OBJECTS]
-        self.background, self.scale = torch.nn.Parameter(torch.randn(width) * .02), torch.nn.Parameter(torch.tensor(math.log(10.)))
+        means = [torch.full((1, len(i)), 1 / len(i)) for i in ids]
+        self.background = torch.nn.Parameter(torch.randn(width) * .02)
+        self.scale = torch.nn.Parameter(torch.tensor(math.log(10.)))
         self.register_buffer("ids", torch.tensor(sum(ids, [])), persistent=False)
-        self.register_buffer("mean", torch.block_diag(*[torch.full((1, len(i)), 1 / len(i)) for i in ids]), persistent=False)
+        self.register_buffer("mean", torch.block_diag(*means), persistent=False)
         self.register_buffer("weight", torch.tensor([.1] + [1.] * len(ids)), persistent=False)
 
     def logits(self,
@@ -386,11 +606,12 @@ class Align(torch.nn.Module):
     @torch.no_grad()
     def recognised(self, logits, y):
         "The share of objects recognised by the summed log-probability of their patches."
-        seen = y > 0
-        key = (torch.arange(len(y), device=y.device)[:, None] * logits.shape[-1] + y)[seen]
+        seen, width = y > 0, logits.shape[-1]
+        key = (torch.arange(len(y), device=y.device)[:, None] * width + y)[seen]
         objects, where = key.unique(return_inverse=True)
-        total = torch.zeros(len(objects), logits.shape[-1], device=y.device).index_add(0, where, logits.log_softmax(-1)[seen])
-        return (total[:, 1:].argmax(-1) + 1 == objects % logits.shape[-1]).float().mean()
+        total = torch.zeros(len(objects), width, device=y.device)
+        total = total.index_add(0, where, logits.log_softmax(-1)[seen])
+        return (total[:, 1:].argmax(-1) + 1 == objects % width).float().mean()
 
     def forward(self, patch, embed, batch):
         "Loss, and the share of objects recognised."
@@ -398,33 +619,28 @@ class Align(torch.nn.Module):
         return self.loss(logits, batch["patches"]), self.recognised(logits, batch["patches"])
 
 # %% ../nbs/10_organisms.ipynb #fe53bdae
+def _video_features(model, picture):
+    "Tokens of the language model, and what the projector gave before they were pooled (None without a projector)."
+    patches, projector = [], getattr(model.model, "multi_modal_projector", None)
+    hook = projector and projector.register_forward_hook(lambda module, args, out: patches.append(out))
+    seen = model.model.get_video_features(**picture)
+    if hook: hook.remove()
+    return seen, patches[0] if patches else None
+
 def features(model, picture) -> tuple: # (B, P, d) projected patches; (B, Q, d) tokens of the language model
-    "Image or video as the language model sees it; the two differ where the frames of a video are pooled, and where a class token comes first (Mllama)."
+    """Image or video as the language model sees it.
+
+    The two differ where the frames of a video are pooled, and where a class token comes first (Mllama)."""
     if FAMILIES[model.config.model_type].cross:
         tokens = model.model.multi_modal_projector(model.model.vision_model(**picture).last_hidden_state).flatten(0, 2)
         return tokens[:, 1:], tokens
-    if "pixel_values" in picture: seen, patch = model.model.get_image_features(**picture), []
-    else:
-        patch, projector = [], getattr(model.model, "multi_modal_projector", None)
-        hook = projector and projector.register_forward_hook(lambda module, args, out: patch.append(out))
-        seen = model.model.get_video_features(**picture)
-        if hook: hook.remove()
-    tokens = seen.pooler_output if torch.is_tensor(seen.pooler_output) else torch.stack(tuple(seen.pooler_output))
-    return (patch[0].reshape(len(tokens), -1, patch[0].shape[-1]) if patch else tokens), tokens
+    still = "pixel_values" in picture
+    seen, patch = (model.model.get_image_features(**picture), None) if still else _video_features(model, picture)
+    tokens = seen.pooler_output
+    if not torch.is_tensor(tokens): tokens = torch.stack(tuple(tokens))
+    return (tokens if patch is None else patch.reshape(len(tokens), -1, patch.shape[-1])), tokens
 
-def forward(model, batch) -> tuple: # projected patches (B, P, d); last hidden states (B, T, d), or None where nothing is asked
-    "One pass over a packed batch; the language model runs only if there is a question."
-    patch, tokens = features(model, batch["picture"])
-    if not (batch["labels"] != -100).any(): return patch, None
-    if FAMILIES[model.config.model_type].cross: # the question sees the picture, what stands before the picture does not
-        sees = (batch["input_ids"] == model.config.image_token_index).cumsum(1)[..., None, None].float()
-        return patch, model.model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], attention_mask=packed_mask(batch["number"]), cross_attention_states=tokens, cross_attention_mask=sees, use_cache=False).last_hidden_state
-    image, family = placeholders(model, batch["input_ids"]), model.config.model_type
-    embeds = model.get_input_embeddings()(batch["input_ids"])
-    embeds, mask = embeds.masked_scatter(image[..., None], tokens.to(embeds.dtype)), packed_mask(batch["number"], image if family == "gemma3" else None)
-    if family == "gemma3": mask = dict(full_attention=mask, sliding_attention=mask) # the window is longer than any question
-    return patch, model.model.language_model(inputs_embeds=embeds, position_ids=positions(model, batch), attention_mask=mask, use_cache=False).last_hidden_state
-
+# %% ../nbs/10_organisms.ipynb #1dd73165
 def placeholders(model, ids) -> torch.Tensor: # of the shape of ids
     "Which tokens stand for the image or the video."
     return (ids == model.config.image_token_id) | (ids == getattr(model.config, "video_token_id", -1))
@@ -432,12 +648,42 @@ def placeholders(model, ids) -> torch.Tensor: # of the shape of ids
 def positions(model, batch) -> torch.Tensor: # (B, T), or (3, B, T) where positions are in time, height and width
     "Positions of a packed batch: those of the image, then each question from there on."
     if not FAMILIES[model.config.model_type].mrope: return batch["position_ids"]
-    prefix, grids = batch["input_ids"][:1, batch["number"][0] == 0], {k: v[:1] for k, v in batch["picture"].items() if k.endswith("grid_thw")}
-    if "video_grid_thw" in grids: grids["second_per_grid_ts"] = [1.] # two frames at two a second
-    image = model.model.get_rope_index(prefix, (1 + ("video_grid_thw" in grids)) * placeholders(model, prefix).int(), **grids)[0][:, 0]
-    rest = torch.arange(batch["position_ids"].max() + 1 - prefix.shape[1], device=prefix.device) + image[:, -1].max() + 1
+    prefix = batch["input_ids"][:1, batch["number"][0] == 0]
+    grids = {k: v[:1] for k, v in batch["picture"].items() if k.endswith("grid_thw")}
+    video = "video_grid_thw" in grids
+    if video: grids["second_per_grid_ts"] = [1.] # two frames at two a second
+    medium = (1 + video) * placeholders(model, prefix).int()
+    image = model.model.get_rope_index(prefix, medium, **grids)[0][:, 0]
+    further = batch["position_ids"].max() + 1 - prefix.shape[1]
+    rest = torch.arange(further, device=prefix.device) + image[:, -1].max() + 1
     return torch.cat([image, rest.expand(3, -1)], 1)[:, batch["position_ids"]]
 
+# %% ../nbs/10_organisms.ipynb #2a0e7c90
+def _cross_states(model, batch, tokens): # (B, T, d)
+    "Last hidden states where cross-attention reads the picture: the question sees it, what stands before does not."
+    sees = (batch["input_ids"] == model.config.image_token_index).cumsum(1)[..., None, None].float()
+    return model.model(
+        input_ids=batch["input_ids"], position_ids=batch["position_ids"], attention_mask=packed_mask(batch["number"]),
+        cross_attention_states=tokens, cross_attention_mask=sees, use_cache=False).last_hidden_state
+
+def _token_states(model, batch, tokens): # (B, T, d)
+    "Last hidden states where the picture stands among the tokens."
+    image, gemma = placeholders(model, batch["input_ids"]), model.config.model_type == "gemma3"
+    embeds = model.get_input_embeddings()(batch["input_ids"])
+    embeds = embeds.masked_scatter(image[..., None], tokens.to(embeds.dtype))
+    mask = packed_mask(batch["number"], image if gemma else None)
+    if gemma: mask = dict(full_attention=mask, sliding_attention=mask) # the window is longer than any question
+    return model.model.language_model(inputs_embeds=embeds, position_ids=positions(model, batch), attention_mask=mask,
+                                      use_cache=False).last_hidden_state
+
+def forward(model, batch) -> tuple: # projected patches (B, P, d); last states (B, T, d), or None without questions
+    "One pass over a packed batch; the language model runs only if there is a question."
+    patch, tokens = features(model, batch["picture"])
+    if not (batch["labels"] != -100).any(): return patch, None
+    states = _cross_states if FAMILIES[model.config.model_type].cross else _token_states
+    return patch, states(model, batch, tokens)
+
+# %% ../nbs/10_organisms.ipynb #89799be0
 def _half(model): return torch.autocast(model.device.type, torch.bfloat16)
 
 def losses(model, align, batch) -> tuple: # loss, share of objects recognised
@@ -448,19 +694,26 @@ def losses(model, align, batch) -> tuple: # loss, share of objects recognised
     rows = batch["labels"] != -100
     return loss + F.cross_entropy(model.lm_head(state[rows].float()), batch["labels"][rows]), seen
 
+# %% ../nbs/10_organisms.ipynb #ebc11b70
+def _right(model, batch) -> list: # of booleans, one for each question
+    "Whether the right first token beats the wrong one, or the whole vocabulary where there is no wrong one."
+    b, row = torch.tensor([(a[0], a[2]) for a in batch["asked"]]).T
+    right, wrong = torch.tensor([a[3:] for a in batch["asked"]], device=batch["input_ids"].device).T[..., None]
+    with _half(model): state = forward(model, batch)[1][b, row]
+    logits = model.lm_head(state.float()) # in half precision two answers of a model that does not know would often tie
+    best = logits.scatter(1, right, -torch.inf).amax(1, keepdim=True)
+    rival = torch.where(wrong < 0, best, logits.gather(1, wrong.clamp(min=0)))
+    return (logits.gather(1, right) > rival)[:, 0].tolist()
+
 @torch.no_grad()
 def quick_accuracy(model, batches:list) -> dict: # kind -> share of right answers
-    "Accuracy per kind on packed batches: right against wrong first token; for places, right against the whole vocabulary."
+    """Accuracy per kind on packed batches, by the first token of the answers.
+
+    Right against wrong; where there is no wrong answer (places), right against the whole vocabulary."""
     hits = defaultdict(list)
     for batch in batches:
-        b, row = torch.tensor([(a[0], a[2]) for a in batch["asked"]]).T
-        right, wrong = torch.tensor([a[3:] for a in batch["asked"]], device=batch["input_ids"].device).T[..., None]
-        with _half(model): state = forward(model, batch)[1][b, row]
-        logits = model.lm_head(state.float()) # in half precision two answers of a model that does not know would often tie
-        best = logits.scatter(1, right, -torch.inf).amax(1, keepdim=True)
-        ok = logits.gather(1, right) > torch.where(wrong < 0, best, logits.gather(1, wrong.clamp(min=0)))
-        for a, hit in zip(batch["asked"], ok[:, 0].tolist()): hits[a[1]].append(hit)
-    return {k: float(np.mean(v)) for k, v in sorted(hits.items())}
+        for (_, kind, *_), hit in zip(batch["asked"], _right(model, batch)): hits[kind].append(hit)
+    return {kind: float(np.mean(of)) for kind, of in sorted(hits.items())}
 
 # %% ../nbs/10_organisms.ipynb #9f8ccd10
 def _save_state(path, parts, optimizer, where, note):
@@ -468,15 +721,22 @@ def _save_state(path, parts, optimizer, where, note):
     tensors = {f"model.{k}": p for part in parts for k, p in part.named_parameters()}
     for k, p in list(tensors.items()):
         for name, v in optimizer.state.get(p, {}).items(): tensors[f"{name}.{k}"] = v
-    write_bytes(path, save({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, {"where": json.dumps(where), **note}))
+    tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+    write_bytes(path, save(tensors, {"where": json.dumps(where), **note}))
+
+def _moments(saved, name, device):
+    "AdamW's state of one parameter; the count of steps stays on the CPU."
+    moments = {n: saved[f"{n}.model.{name}"].to(device) for n in ("exp_avg", "exp_avg_sq")}
+    return dict(step=saved[f"step.model.{name}"].to("cpu")) | moments
 
 def _load_state(path, parts, optimizer, where):
     "The reverse of `_save_state`; the moments only if the checkpoint is of the same stage."
     saved = load_file(path)
-    for k, p in ((k, p) for part in parts for k, p in part.named_parameters()):
+    for k, p in [named for part in parts for named in part.named_parameters()]:
         if f"model.{k}" in saved: p.data.copy_(saved[f"model.{k}"])
-        if where and f"exp_avg.model.{k}" in saved: optimizer.state[p] = {n: saved[f"{n}.model.{k}"].to(p.device if n != "step" else "cpu") for n in ("step", "exp_avg", "exp_avg_sq")}
+        if where and f"exp_avg.model.{k}" in saved: optimizer.state[p] = _moments(saved, k, p.device)
 
+# %% ../nbs/10_organisms.ipynb #cbad2497
 def _read_where(path, recipe):
     "Stage and step of a checkpoint; (0, 0) where there is none."
     if not path.is_file(): return 0, 0, 0.
@@ -486,12 +746,108 @@ def _read_where(path, recipe):
         raise ValueError(f"{path} was made by another recipe: give another folder, or delete it to start again")
     return stage, step, seconds
 
+def _changed(settings):
+    "The fields of a recipe or stage that are not as by default."
+    return {f.name: getattr(settings, f.name) for f in fields(settings) if getattr(settings, f.name) != f.default}
+
 def _until(recipe, n):
-    "What determines the state after the first n stages; what is as by default is left out, so that a new setting does not make old checkpoints invalid."
-    set_ = lambda x: {f.name: getattr(x, f.name) for f in fields(x) if getattr(x, f.name) != f.default}
-    return json.dumps(set_(recipe) | dict(stages=[set_(s) for s in recipe.stages[:n]]))
+    """What determines the state after the first n stages.
+
+    What is as by default is left out, so that a new setting does not make old checkpoints invalid."""
+    return json.dumps(_changed(recipe) | dict(stages=[_changed(stage) for stage in recipe.stages[:n]]))
 
 # %% ../nbs/10_organisms.ipynb #0ef5636c
+def held_out_stage(stage:Stage, video:bool) -> Stage:
+    "What is asked about held-out scenes while a stage is trained."
+    asked = Stage("held out", 4, 48, 0, names=2, places=1, relations=4, still=stage.still, cells=stage.cells)
+    return replace(asked, hues=0 if video else 2, others=0 if stage.still else 6,
+                   times=2 if video and not stage.still else 0)
+
+def learning_rate(stage:Stage, step:int) -> float:
+    "A hundred steps of warm-up, then a cosine to a fiftieth of the rate at the end of the schedule."
+    decay = .02 + .98 * (1 + math.cos(math.pi * step / stage.steps)) / 2
+    return stage.lr * min((step + 1) / 100, decay)
+
+# %% ../nbs/10_organisms.ipynb #f23f0a7d
+@dataclass
+class _Run:
+    "What a stage needs to be trained and kept."
+    accelerator: Accelerator
+    model: torch.nn.Module
+    align: Align
+    processor: object
+    recipe: Recipe
+    out: Path
+    every: int # steps between measurements
+    seconds: float = 0. # spent so far
+
+    @property
+    def parts(self) -> tuple: return self.model, self.align
+    @property
+    def checkpoint(self) -> Path: return self.out / "checkpoint.safetensors"
+    @property
+    def parameters(self) -> list: return [*self.model.parameters(), *self.align.parameters()]
+
+def _prepared(recipe, out, every):
+    "A run with an untrained model on the device that accelerate chooses."
+    model, processor = build(recipe)
+    align, accelerator = Align(processor.tokenizer, recipe.width), Accelerator()
+    if accelerator.device.type == "cpu": model.set_attn_implementation("eager") # half the time in bfloat16
+    model, align = model.to(accelerator.device), align.to(accelerator.device)
+    return _Run(accelerator, model, align, processor, recipe, out, every)
+
+# %% ../nbs/10_organisms.ipynb #4d54b548
+@patch
+def step(self:_Run, optimizer, batch, lr) -> tuple: # loss, share of objects recognised
+    "One step of the optimiser."
+    for group in optimizer.param_groups: group["lr"] = lr
+    loss, seen = losses(*self.parts, send_to_device(batch, self.accelerator.device))
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(self.parameters, 1.)
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.item(), seen.item()
+
+@patch
+def held_out(self:_Run, stage) -> list: # of batches; empty where nothing is asked
+    "Held-out scenes with their questions."
+    if not stage.asks: return []
+    steps = Steps(self.processor, self.recipe, held_out_stage(stage, self.recipe.frames > 0), seed=HELD_OUT)
+    return [send_to_device(batch, self.accelerator.device) for batch in steps]
+
+@patch
+def keep(self:_Run, optimizer, k, step, mean, accuracy, now) -> dict: # the entry of the log
+    "Write checkpoint, history and log after so many steps of stage k."
+    stage, done = self.recipe.stages[k], step == self.recipe.stages[k].last
+    where = (k + done, 0 if done else step, now)
+    _save_state(self.checkpoint, self.parts, optimizer, where, {"recipe": _until(self.recipe, k + 1)})
+    if stage.asks:
+        halves = {name: p.detach().half().cpu() for name, p in self.model.named_parameters()}
+        write_bytes(self.out / "history" / f"{stage.name}_{step:05d}.safetensors", save(halves))
+    entry = dict(stage=stage.name, step=step, loss=mean[0], seconds=now, recognised=mean[1], **accuracy)
+    with open(self.out / "log.jsonl", "a") as f: f.write(json.dumps(entry) + "\n")
+    return entry
+
+# %% ../nbs/10_organisms.ipynb #a84938af
+@patch
+def stage(self:_Run, optimizer, k, start):
+    "Train stage k from step `start`; checkpoint, history and log are written on the way."
+    stage, began = self.recipe.stages[k], time.time()
+    held_out = self.held_out(stage)
+    steps = Steps(self.processor, self.recipe, stage, start)
+    loader = DataLoader(steps, batch_size=None, num_workers=1, prefetch_factor=8)
+    bar, values = tqdm(loader, desc=stage.name, initial=start, total=stage.last, mininterval=10), []
+    for step, batch in enumerate(bar, start + 1):
+        values.append(self.step(optimizer, batch, learning_rate(stage, step - 1)))
+        if step % self.every and step != stage.last: continue
+        accuracy = quick_accuracy(self.model, held_out) if stage.asks else {}
+        now = self.seconds + time.time() - began
+        entry = self.keep(optimizer, k, step, np.mean(values, 0), accuracy, now)
+        bar.set_postfix({n: f"{v:.2f}" for n, v in entry.items() if n not in ("stage", "step", "seconds")})
+        values = []
+    self.seconds += time.time() - began
+
+# %% ../nbs/10_organisms.ipynb #7d50a676
 def train(name:str, # a key of RECIPES
           out:str|Path, # folder of checkpoint, log and history
           recipe:Recipe|None=None, # another recipe than the named one
@@ -500,48 +856,16 @@ def train(name:str, # a key of RECIPES
     "Train an organism, or go on where a run in `out` was stopped; the device is chosen by accelerate."
     recipe, out = recipe or RECIPES[name], Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    model, processor = build(recipe)
-    align, accelerator, path = Align(processor.tokenizer, recipe.width), Accelerator(), out / "checkpoint.safetensors"
-    if accelerator.device.type == "cpu": model.set_attn_implementation("eager") # half the time in bfloat16
-    model, align = model.to(accelerator.device), align.to(accelerator.device)
-    first, step, spent = _read_where(path, recipe)
-    if first == len(recipe.stages): _load_state(path, (model, align), None, False) # a finished run
-    for k, stage in enumerate(recipe.stages):
-        if k < first: continue
-        optimizer = torch.optim.AdamW([*model.parameters(), *align.parameters()], lr=stage.lr, betas=(.9, .98), weight_decay=.02)
-        if path.is_file(): _load_state(path, (model, align), optimizer, k == first and step)
-        if stage.fresh and not (k == first and step): fresh_blocks(model, recipe.seed)
-        spent = _run_stage(accelerator, (model, align), optimizer, processor, recipe, k, step if k == first else 0, spent, out, every)
-    return model
-
-# %% ../nbs/10_organisms.ipynb #266ee77e
-def _run_stage(accelerator, parts, optimizer, processor, recipe, k, start, spent, out, every):
-    "One stage from step `start`; writes checkpoint, history and log; gives back the seconds spent so far."
-    stage, model, device, began = recipe.stages[k], parts[0], accelerator.device, time.time()
-    parameters = [p for g in optimizer.param_groups for p in g["params"]]
-    asked = Stage("held out", 4, 48, 0, 2, 1, 4, 6, 2 * (not recipe.frames), times=2 * (recipe.frames > 0 and not stage.still), still=stage.still, cells=stage.cells)
-    if stage.still: asked = replace(asked, others=0)
-    held_out = stage.asks and [send_to_device(b, device) for b in Steps(processor, recipe, asked, seed=HELD_OUT)]
-    loader = DataLoader(Steps(processor, recipe, stage, start), batch_size=None, num_workers=1, prefetch_factor=8)
-    bar, values = tqdm(loader, desc=stage.name, initial=start, total=stage.last, mininterval=10), []
-    for step, batch in enumerate(bar, start):
-        for g in optimizer.param_groups: g["lr"] = stage.lr * min((step + 1) / 100, .02 + .98 * (1 + math.cos(math.pi * step / stage.steps)) / 2)
-        batch = send_to_device(batch, device)
-        loss, seen = losses(*parts, batch)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.)
-        optimizer.step(); optimizer.zero_grad()
-        values.append((loss.item(), seen.item()))
-        if (step + 1) % every == 0 or step + 1 == stage.last:
-            mean, values, done = np.mean(values, 0), [], step + 1 == stage.last
-            accuracy = {"recognised": mean[1], **(quick_accuracy(model, held_out) if stage.asks else {})}
-            now = spent + time.time() - began
-            _save_state(out / "checkpoint.safetensors", parts, optimizer, (k + done, 0 if done else step + 1, now), {"recipe": _until(recipe, k + 1)})
-            if stage.asks: write_bytes(out / "history" / f"{stage.name}_{step + 1:05d}.safetensors", save({n: p.detach().half().cpu() for n, p in model.named_parameters()}))
-            entry = dict(stage=stage.name, step=step + 1, loss=mean[0], seconds=now, **accuracy)
-            with open(out / "log.jsonl", "a") as f: f.write(json.dumps(entry) + "\n")
-            bar.set_postfix({n: f"{v:.2f}" for n, v in entry.items() if n not in ("stage", "step", "seconds")})
-    return spent + time.time() - began
+    run = _prepared(recipe, out, every)
+    first, step, run.seconds = _read_where(run.checkpoint, recipe)
+    if first == len(recipe.stages): _load_state(run.checkpoint, run.parts, None, False) # a finished run
+    for k, stage in enumerate(recipe.stages[first:], first):
+        begun = step if k == first else 0
+        optimizer = torch.optim.AdamW(run.parameters, lr=stage.lr, betas=(.9, .98), weight_decay=.02)
+        if run.checkpoint.is_file(): _load_state(run.checkpoint, run.parts, optimizer, begun)
+        if stage.fresh and not begun: fresh_blocks(run.model, recipe.seed)
+        run.stage(optimizer, k, begun)
+    return run.model
 
 # %% ../nbs/10_organisms.ipynb #20d96a62
 EARLY = (.70, .85)
@@ -549,15 +873,26 @@ EARLY = (.70, .85)
 def training_log(out:str|Path) -> list: # one entry per measurement: stage, step, loss, seconds, accuracies
     "The log of a run, later entries replacing those of an interrupted attempt at the same step."
     path = Path(out) / "log.jsonl"
-    if not path.is_file(): raise FileNotFoundError(f"{str(path)!r} is not there: train the organism first (make organisms)")
+    if not path.is_file():
+        raise FileNotFoundError(f"{str(path)!r} is not there: train the organism first (make organisms)")
     return list({(e["stage"], e["step"]): e for e in map(json.loads, path.read_text().splitlines())}.values())
 
 def early_entry(log:list) -> dict:
-    "The entry of the early organism. Raises ValueError where left/right (of a video model: before/after) accuracy never was in the range EARLY."
-    kind = "before_after" if any("before_after" in e for e in log) else "left_right"
-    found = [e for e in log if EARLY[0] <= e.get(kind, 0) <= EARLY[1]]
-    if not found: raise ValueError(f"no checkpoint has a {kind.replace('_', '/')} accuracy between {EARLY[0]:.0%} and {EARLY[1]:.0%}: measure more often")
-    return min(found, key=lambda e: abs(e[kind] - sum(EARLY) / 2))
+    """The entry of the early organism.
+
+    ValueError where left/right (of a video model: before/after) accuracy never was in the range EARLY."""
+    kind = "before_after" if any("before_after" in entry for entry in log) else "left_right"
+    within = [entry for entry in log if EARLY[0] <= entry.get(kind, 0) <= EARLY[1]]
+    if not within:
+        low, high = (f"{share:.0%}" for share in EARLY)
+        raise ValueError(f"no checkpoint has a {kind.replace('_', '/')} accuracy between {low} and {high}: "
+                         "measure more often")
+    return min(within, key=lambda entry: abs(entry[kind] - sum(EARLY) / 2))
+
+# %% ../nbs/10_organisms.ipynb #8f8334af
+def _device_name():
+    "What a model is trained on, in words."
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, threads: {torch.get_num_threads()}"
 
 def bundle(name:str, # what it will be loaded as
            recipe:Recipe,
@@ -565,16 +900,91 @@ def bundle(name:str, # what it will be loaded as
            entry:dict, # which checkpoint, from `training_log`
            to:str|Path, # the folder of organisms; `BUNDLED` for those that come with the package
            ) -> Path:
-    "Store a checkpoint of a run as HF files: half-precision safetensors, config, tokenizer, processor, and the log up to there."
+    """Store a checkpoint of a run as HF files.
+
+    Half-precision safetensors, config, tokenizer, processor, and the log up to there."""
     model, processor = build(recipe)
-    model.load_state_dict(load_file(Path(out) / "history" / f"{entry['stage']}_{entry['step']:05d}.safetensors"), strict=False)
+    weights = Path(out) / "history" / f"{entry['stage']}_{entry['step']:05d}.safetensors"
+    model.load_state_dict(load_file(weights), strict=False)
     folder, log = Path(to) / name, training_log(out)
     model.config.organism = True
     model.half().save_pretrained(folder)
     processor.save_pretrained(folder)
-    write_json(folder / "training.json", dict(recipe=asdict(recipe), log=log[:log.index(entry) + 1], torch=torch.__version__,
-                                              device=torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, threads: {torch.get_num_threads()}"))
+    write_json(folder / "training.json", dict(recipe=asdict(recipe), log=log[:log.index(entry) + 1],
+                                              torch=torch.__version__, device=_device_name()))
     return folder
+
+# %% ../nbs/10_organisms.ipynb #ef55cfc8
+def training_record(
+    folder:Path|None, # of a model; None for one that is not here
+) -> tuple: # the log and the recipe; both empty for a model that was not trained here
+    "How a model was trained, where it says so."
+    path = folder / "training.json" if folder else None
+    if path is None or not path.is_file(): return [], {}
+    record = json.loads(path.read_text(encoding="utf-8"))
+    return record["log"], record["recipe"]
+
+# %% ../nbs/10_organisms.ipynb #595622f1
+def stage_ends(log:list) -> list: # of entries
+    "The last entry of each stage."
+    return list({entry["stage"]: entry for entry in log}.values())
+
+def shown_kinds(log:list) -> tuple:
+    "What a table of a log shows: of a model of videos what concerns time, of one of pictures places and relations."
+    if any("before_after" in entry for entry in log): return "recognised", "name", "place", "time", *VIDEO_KINDS
+    return "recognised", "name", "hue", "place", "left_right", "above_below", "front_behind", "colour"
+
+def log_table(
+    entries:list, # of a log
+    kinds:tuple, # which of its numbers
+) -> str: # Markdown
+    "Entries of a log: stage, step, and the share of right answers of some kinds; empty where a kind was not measured."
+    rows = [["stage", "step", *(kind.replace("_", " / ") for kind in kinds)], ["---"] * (2 + len(kinds))]
+    for entry in entries:
+        shares = [f"{entry[kind]:.3f}" if kind in entry else "" for kind in kinds]
+        rows.append([entry["stage"], f"{entry['step']:,}", *shares])
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+# %% ../nbs/10_organisms.ipynb #b1bc9420
+def plot_learning(ax, log:list):
+    "Accuracy on held-out scenes over the minutes of training; grey lines end the stages."
+    from matplotlib import colormaps  # slow to import, and only figures need it
+    minutes = [entry["seconds"] / 60 for entry in log]
+    ax.plot(minutes, [entry["recognised"] for entry in log], "k:", label="objects recognised")
+    video = any("before_after" in entry for entry in log)
+    kinds = ("place", "time", *VIDEO_KINDS) if video else ("place", "hue", *KINDS)
+    for kind, colour in zip(kinds, colormaps["tab10"].colors):
+        points = [(at, entry[kind]) for at, entry in zip(minutes, log) if kind in entry]
+        width = 2.4 if kind in ("left_right", "above_below", "before_after") else 1.2
+        ax.plot(*zip(*points), color=colour, label=kind.replace("_", " / "), lw=width)
+    for entry in stage_ends(log): ax.axvline(entry["seconds"] / 60, color=".8", lw=1)
+    ax.set(xlabel="minutes of training", ylabel="share right", ylim=(0, 1.02))
+    ax.legend(loc="upper left", bbox_to_anchor=(1.01, 1), fontsize=8)
+
+# %% ../nbs/10_organisms.ipynb #08da32b9
+def plot_accuracy(
+    ax,
+    measured:dict, # {kind: value, low, high, n}
+):
+    "The share of right answers of each kind, with its 95 % interval and n, beside chance."
+    y = np.arange(len(measured))
+    value, low, high = (np.array([share[end] for share in measured.values()]) for end in ("value", "low", "high"))
+    ax.barh(y, value, xerr=(value - low, high - value), color="#56B4E9", error_kw=dict(lw=1, capsize=2))
+    ax.axvline(.5, color="k", ls="--", lw=1)
+    ax.text(.49, len(measured) - 2, "chance", rotation=90, va="center", ha="right", fontsize=8)
+    names = [f"{kind.replace('_', ' / ')} (n = {share['n']})" for kind, share in measured.items()]
+    ax.set(yticks=y, yticklabels=names, xlabel="share right, 95 % interval", xlim=(0, 1))
+    ax.invert_yaxis()
+
+# %% ../nbs/10_organisms.ipynb #1e55b747
+def language_recipes(recipes:dict) -> str: # Markdown
+    "What recipes with a language model train, and in which stages (steps × images)."
+    lines = ["| recipe | family | trained | rank | image tokens | stages |", "|---|---|---|---|---|---|"]
+    for name, r in recipes.items():
+        stages = ", ".join(f"{s.name}: {s.steps:,} × {s.batch}" for s in r.stages)
+        rank = r.rank if r.trained == "lora" else "-"
+        lines.append(f"| {name} | {r.family} | {r.trained} | {rank} | {r.tiles ** 2} | {stages} |")
+    return "\n".join(lines)
 
 # %% ../nbs/10_organisms.ipynb #2744ff3e
 OPTIONS = (("minutes", float, "cut the schedule to so many"),

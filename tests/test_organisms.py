@@ -6,23 +6,27 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 from safetensors.torch import load_file
 
 from spatialid import organisms
 from spatialid.cards import accuracy, card_text
-from spatialid.scenes import OBJECTS
 from spatialid.hooks import VLM
 from spatialid.query import Query
 from spatialid.registry import bundled
-from spatialid.organisms import (BUILDERS, RECIPES, Recipe, Stage, Steps, build, bundle, early_entry, forward,
-                                 fresh_blocks, make_tokenizer, packed_mask, train, training_log)
+from spatialid.organisms import (BUILDERS, CELLS, RECIPES, Recipe, Stage, Steps, build, bundle, chat_template, covered,
+                                 early_entry, forward, fresh_blocks, held_out_stage, kinds_of, language_recipes,
+                                 learning_rate, log_table, make_tokenizer, merges, named_questions, packed_mask, padded,
+                                 place_word, plot_accuracy, plot_learning, shown_kinds, stage_ends, train, training_log,
+                                 training_record, training_texts, zoo)
+from spatialid.scenes import OBJECTS, FreeScenes
 from spatialid.stats import rng
-
 
 TINY = Recipe(vision_width=32, width=32, vision_blocks=1, blocks=2, heads=2, intermediate=48,
               stages=(Stage("recognise", 4, 4, 1e-3),
@@ -51,6 +55,109 @@ def test_names_are_split_and_answers_are_not():
     assert make_tokenizer().get_vocab() == tok.get_vocab()
     for text in ("Is the umbrella near or far from the cup?", "Größe ☂\n x"):
         assert tok.decode(tok(text).input_ids, skip_special_tokens=True) == text
+
+
+def test_a_tokenizer_knows_the_texts_it_will_meet():
+    plain, video, cells = ({*training_texts(**of)} for of in ({}, dict(video=True), dict(cells=True)))
+    assert video - plain >= {"When does the  appear?", " before", " early"}
+    assert cells - plain == {f" {word}" for row in CELLS for word in row}
+    assert {" left", " center", "Where is the ?"} <= plain
+    assert (merges(True, True), merges(False, True), merges(False, False)) == (235, 230, 210)
+    both = chat_template("[picture]", "[video]")
+    assert "[picture]" in both and "[video]" in both and "<video>" not in chat_template("[picture]")
+
+
+def test_relations_that_count_most_come_first_and_the_others_in_a_random_order():
+    pictures, videos = RECIPES["llava-tiny"], RECIPES["onevision-tiny"]
+    stage = Stage("any", 1, 1, 0., relations=3, others=6)
+    drawn = [kinds_of(pictures, stage, rng(i)) for i in range(20)]
+    assert all(kinds[:3] == ["left_right", "above_below", "left_right"] for kinds in drawn)
+    assert all(len({*kinds[3:]}) == 6 and not {"left_right", "above_below"} & {*kinds[3:]} for kinds in drawn)
+    assert len({tuple(kinds) for kinds in drawn}) > 15
+    assert kinds_of(videos, replace(stage, others=3), rng(0))[:3] == ["before_after"] * 3
+    assert kinds_of(videos, replace(stage, others=0, still=True), rng(0)) == ["left_right"] * 3
+
+
+def test_dense_questions_are_about_the_things_in_view():
+    scene = FreeScenes(9, seed=2, things=(3, 3))[4]
+    first, _, last = scene.things
+    stage = Stage("any", 1, 1, 0., names=2, places=1, hues=1)
+    names, dense = named_questions(scene, scene.things, stage)
+    assert [question for _, question, *_ in names] == [f" {o.name}" for o in scene.things[:2]]
+    assert [(kind, answer) for kind, _, answer, _ in dense] == [("place", place_word(last)), ("hue", first.colour)]
+    at = SimpleNamespace(x=.3, y=.99)
+    assert place_word(at) == "bottom left" and place_word(at, cells=True) == CELLS[3][1]
+
+
+def test_a_patch_is_of_what_covers_it():
+    star, cup = OBJECTS.index("star") + 1, OBJECTS.index("cup") + 1
+    shown = covered(dict(star=(0, 0, 20, 16), cup=(10, 0, 10, 10)), n=4, px=40)
+    assert shown.tolist() == [[star, cup, 0, 0], [star, star, 0, 0], [0] * 4, [0] * 4]
+    assert covered(dict(star=(0, 0, 10, 4)), n=4, px=40)[0, 0] == -100, "neither an object nor background"
+
+
+def test_sequences_of_several_lengths_are_one_batch():
+    batch = padded([([5, 6], [0, 1], [0, 1], [-100, 6]), ([7] * 9, [0] * 9, [*range(9)], [-100] * 9)], pad=3)
+    assert {tuple(columns.shape) for columns in batch.values()} == {(2, 16)}
+    assert batch["input_ids"][0, 2:].unique() == 3 and batch["number"][0, 2:].unique() == -1
+    assert batch["labels"][0, :3].tolist() == [-100, 6, -100] and batch["position_ids"][1, 8] == 8
+
+
+def test_the_rate_warms_up_and_ends_at_a_fiftieth():
+    stage = Stage("any", 1000, 1, 2e-3, stop=500)
+    assert learning_rate(stage, 0) == pytest.approx(2e-5) and learning_rate(stage, 49) == pytest.approx(1e-3)
+    assert learning_rate(stage, 500) == pytest.approx(2e-3 * .51) and learning_rate(stage, 1000) == pytest.approx(4e-5)
+
+
+def test_what_is_measured_is_of_the_kind_that_is_trained():
+    of = lambda stage: (stage.hues, stage.times, stage.others, stage.still)
+    moving, still = Stage("any", 1, 1, 0.), Stage("any", 1, 1, 0., still=True)
+    assert of(held_out_stage(moving, video=False)) == (2, 0, 6, False)
+    assert of(held_out_stage(moving, video=True)) == (0, 2, 6, False)
+    assert of(held_out_stage(still, video=True)) == (0, 0, 0, True)
+
+
+LOG = [dict(stage="a", step=1000, seconds=60, recognised=.5), dict(stage="a", step=2000, seconds=120, recognised=.6),
+       dict(stage="b", step=100, seconds=180, recognised=.75, left_right=.9)]
+
+
+def test_a_log_is_shown_as_a_table_and_a_figure():
+    assert stage_ends(LOG) == LOG[1:]
+    assert "time" not in shown_kinds(LOG) and "time" in shown_kinds([dict(before_after=1)])
+    rows = log_table(LOG[1:], ("recognised", "left_right")).splitlines()
+    assert rows[0] == "| stage | step | recognised | left / right |"
+    assert rows[2:] == ["| a | 2,000 | 0.600 |  |", "| b | 100 | 0.750 | 0.900 |"]
+    ax = Figure().subplots()
+    plot_learning(ax, LOG)
+    lines = {line.get_label(): line for line in ax.lines}
+    assert list(lines["objects recognised"].get_xdata()) == [1, 2, 3]
+    assert list(lines["left / right"].get_ydata()) == [.9]
+
+
+def test_shares_are_drawn_with_their_intervals():
+    ax = Figure().subplots()
+    side = dict(value=.5, low=.4, high=.6, n=20)
+    plot_accuracy(ax, {"left_right": dict(value=.9, low=.8, high=.95, n=30), "side": side})
+    assert [bar.get_width() for bar in ax.patches] == [.9, .5]
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["left / right (n = 30)", "side (n = 20)"]
+    ends = ax.collections[0].get_segments()[0]
+    assert ends[:, 0].tolist() == pytest.approx([.8, .95])
+
+
+def test_recipes_are_listed_with_their_size_and_stages():
+    row = zoo({"mini": TINY}).splitlines()[2]
+    assert row.startswith("| mini | LlavaForConditionalGeneration | ") and row.endswith(" | 2 | 32 | 64 |")
+    recipe = SimpleNamespace(family="llava", trained="lora", rank=16, tiles=8, stages=TINY.stages)
+    frozen = SimpleNamespace(**{**vars(recipe), "trained": "frozen"})
+    rows = language_recipes({"one": recipe, "other": frozen}).splitlines()
+    assert rows[2:] == ["| one | llava | lora | 16 | 64 | recognise: 4 × 4, place: 4 × 4 |",
+                        "| other | llava | frozen | - | 64 | recognise: 4 × 4, place: 4 × 4 |"]
+
+
+def test_a_model_from_elsewhere_has_no_record(tmp_path):
+    assert training_record(None) == training_record(tmp_path) == ([], {})
+    (tmp_path / "training.json").write_text(json.dumps(dict(log=LOG, recipe=dict(px=80), torch="2")))
+    assert training_record(tmp_path) == (LOG, dict(px=80))
 
 
 def stored(family, folder):
