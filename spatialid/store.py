@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['OKABE_ITO', 'results_root', 'results_dir', 'quick_path', 'stored_path', 'write_bytes', 'own_results_dir',
-           'write_json', 'provenance', 'rounded', 'save_results', 'read_results', 'load_results', 'moved', 'style',
-           'save_figure']
+           'write_json', 'provenance', 'rounded', 'agree', 'as_before', 'save_results', 'read_results', 'load_results',
+           'moved', 'style', 'save_figure']
 
 # %% ../nbs/lib/store.ipynb #e9821c79
 import hashlib, json, math, os, re, subprocess, time
@@ -217,6 +217,32 @@ def rounded(
     if isinstance(o, list): return [rounded(value, digits) for value in o]
     return float(f"{o:.{digits}g}") if isinstance(o, float) else o
 
+# %% ../nbs/lib/store.ipynb #47cdc109
+def agree(
+    a, b, # JSON values
+    relative:float=1e-4,
+    absolute:float=1e-6,
+) -> bool:
+    """Whether two results are the same but for the rounding of another machine; counts and texts have to be equal."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(agree(a[key], b[key], relative, absolute) for key in a)
+    if isinstance(a, list) and isinstance(b, list):
+        return len(a) == len(b) and all(agree(x, y, relative, absolute) for x, y in zip(a, b))
+    if {type(a), type(b)} == {float}: return a == b or math.isclose(a, b, rel_tol=relative, abs_tol=absolute)
+    return type(a) is type(b) and a == b
+
+def as_before(
+    numbers, # results of a run
+    before, # of an earlier one
+):
+    """The numbers, each as it stood before where the two `agree`: then a rerun changes only what changed.
+
+    A list, and an estimate with its interval, is one number here."""
+    if isinstance(numbers, dict) and isinstance(before, dict) and "value" not in numbers:
+        return {key: as_before(value, before.get(key)) for key, value in numbers.items()}
+    return before if agree(numbers, before) else numbers
+
+# %% ../nbs/lib/store.ipynb #d5d51f34
 def _provenance_path(path):
     "Where the provenance of a file of results is: in a folder of its own, so that equal numbers leave equal files."
     return path.parent/"provenance"/path.name
@@ -229,11 +255,17 @@ def save_results(
 ) -> Path:
     """Write `results/<model>/<notebook>.json`, rounded to 6 digits, and `results/<model>/provenance/<notebook>.json`.
 
-    ValueError if `numbers` has a provenance of its own."""
+    What agrees with the stored numbers is left as it stands: `as_before`. ValueError if `numbers` has a provenance of
+    its own."""
     if "provenance" in numbers: raise ValueError("the key 'provenance' is reserved; pass it as the last argument")
     path = own_results_dir(model)/f"{notebook}.json"
     write_json(_provenance_path(path), provenance)
-    return write_json(path, rounded(_plain(numbers)))
+    return write_json(path, as_before(rounded(_plain(numbers)), _stored(path)))
+
+def _stored(path):
+    "The numbers of a file; none where there is no file, or one that cannot be read."
+    try: return json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError): return {}
 
 def read_results(
     path:str|Path, # a file that `save_results` wrote

@@ -293,6 +293,7 @@ def test_the_command_says_what_there_is(action, capsys):
     assert e.value.code == 2 and "llava-tiny" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_bundle_round_trip_and_foreign_checkpoints(tmp_path):
     torch.set_num_threads(1)
     trained = train("llava-tiny", tmp_path / "run", TINY, every=4)
@@ -310,6 +311,7 @@ def test_bundle_round_trip_and_foreign_checkpoints(tmp_path):
     assert early_entry([{"left_right": .71}, {"left_right": .78}, {"left_right": .9}])["left_right"] == .78
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name, folder in bundled().items() if not (folder / "base.json").is_file()])
 def test_the_card_is_about_the_bundled_weights(name):
     folder = Path(organisms.__file__).parent / "organisms" / name

@@ -15,7 +15,7 @@ from spatialid.stats import (
     Estimate, absolute, around, as_text, bootstrap, leave_one_out, markdown_table, not_judged, number_table, over_null,
     over_seeds, spanning, texts_of, wilson)
 from spatialid.steering import newcombe
-from spatialid.store import load_results, moved, read_results, save_results
+from spatialid.store import agree, load_results, moved, read_results, save_results
 
 RESULTS = Path(__file__).parents[1]/"results"
 STALE = set()  # "model/NN_name.json" from an older interval: to be run again
@@ -146,6 +146,29 @@ def test_results_are_rounded_and_their_provenance_is_apart(tmp_path, monkeypatch
     save_results("toy", "03_x", {**numbers, "r": 1/3 + 1e-9}, {"seed": 2})
     assert path.read_bytes() == before
     assert read_results(path)["provenance"] == {"seed": 2} == load_results("toy", "03_x")["provenance"]
+
+
+def test_numbers_that_another_machine_rounds_otherwise_stay_as_they_stand(tmp_path, monkeypatch):
+    monkeypatch.setenv("SPATIALID_RESULTS", str(tmp_path))
+    estimate = Estimate(.5, .25, .75, 8)
+    first = {"e": estimate, "list": [.1, .2], "n": 1, "small": 2e-7, "gone": 1., "t": "a"}
+    path = save_results("toy", "03_x", first, {})
+    before = json.loads(path.read_text())
+    close = {"e": Estimate(.50001, .25001, .74999, 8), "list": [.100001, .2], "n": 1, "small": -3e-7, "t": "a"}
+    close["new"] = 1.
+    save_results("toy", "03_x", close, {})
+    assert json.loads(path.read_text()) == {**{k: before[k] for k in ("e", "list", "n", "small", "t")}, "new": 1.}
+    moved = {"e": Estimate(.50001, .2501, .74999, 8), "list": [.1001, .2], "n": 2, "small": 2e-6, "t": "b", "new": 1.}
+    save_results("toy", "03_x", moved, {})
+    assert json.loads(path.read_text()) == json.loads(json.dumps(moved)), "the whole estimate, the whole list"
+    path.write_text("{")
+    save_results("toy", "03_x", {"n": 1}, {})
+    assert json.loads(path.read_text()) == {"n": 1}
+
+
+@pytest.mark.parametrize("a, b", [(1, 1.), (True, 1), ({"x": 1.}, {"y": 1.}), ([1.], [1., 1.]), (None, 0.), ("1", 1)])
+def test_results_of_another_kind_do_not_agree(a, b):
+    assert not agree(a, b) and not agree(b, a) and agree(a, a)
 
 
 def test_numbers_are_read_as_text_whatever_holds_them():
