@@ -385,8 +385,8 @@ def test_a_figure_stands_on_the_page_under_its_heading(lab):
 @pytest.mark.slow
 def test_a_quick_run_leaves_what_a_full_one_wrote(lab, capsys):
     numbers = "{'claims': {'x': dict(value=1, low=0.9, high=1.1, n=1)}}"
-    save = f"from spatialid.store import save_results\nsave_results(model, '01_a', {numbers}, {{'params': {{'quick': quick}}}})"
-    lab.notebook("01_a", save, parameters='model = "toy"\nquick = False')
+    save = f"save_results(model, '01_a', {numbers}, {{'params': {{'quick': quick}}}})"
+    lab.notebook("01_a", f"from spatialid.store import save_results\n{save}", parameters='model = "toy"\nquick = False')
     rule = {"notebook": "01_a", "key": "claims.x", "op": ">", "threshold": 0}
     entry = {"id": "x", "source": "§0", "claim": "", "paper": "", "note": "", "measure": "x", "rule": rule}
     (lab.root/"nbs"/"claims.json").write_text(json.dumps([entry]))
