@@ -47,5 +47,4 @@ prepare: env
 	$(BIN)/python tools/make_metadata.py
 	$(BIN)/nbdev-export
 	$(BIN)/nbdev-clean
-	$(BIN)/python tools/shrink_exceptions.py
 	$(BIN)/python tools/make_readme.py
