@@ -172,7 +172,7 @@ def smooth_codes(
     y, x = np.divmod(np.arange(m * (rows or m)), m)
     covariance = np.exp(-((x[:, None] - x) ** 2 + (y[:, None] - y) ** 2) / (2 * reach**2))
     values, vectors = np.linalg.eigh(covariance)
-    root = vectors * np.sqrt(np.maximum(values, 0))
+    root = vectors * np.sqrt(np.maximum(values, 0)) @ vectors.T  # symmetric: the only root that every machine finds
     fields = root @ rng(seed, "smooth", dimensions).normal(size=(n, len(root), dimensions))
     return fields @ fields.swapaxes(1, 2)
 

@@ -353,9 +353,22 @@ def test_smooth_codes_are_what_they_say():
     wanted = np.exp(-((x[:, None] - x)**2 + (y[:, None] - y)**2) / 8)
     assert np.abs(codes.mean(0) / 3 - wanted).max() < 0.05
     assert np.linalg.matrix_rank(codes[0]) == 3 and np.array_equal(codes, smooth_codes(3, 4000, m=3, rows=2))
-    stats = grid_statistics(smooth_codes(3, 200))
+    stats = grid_statistics(smooth_codes(3, 2000))
     low, high = np.quantile(stats["grid_score"], [0.05, 0.95])
-    assert np.mean(stats["r2"] > 0.5) > 0.9 and low < 0.15 < high
+    assert np.mean(stats["r2"] > 0.5) > 0.88 and low < 0.15 < high  # .91 of them, ± .006
+
+
+def test_smooth_codes_are_the_same_whatever_eigenvectors_a_machine_finds(monkeypatch):
+    "A square grid has equal eigenvalues: their vectors may come turned and with any sign."
+    wanted, eigh = smooth_codes(3, 20), np.linalg.eigh
+    def turned(matrix):
+        values, vectors = eigh(matrix)
+        equal = np.isclose(values[:-1], values[1:], rtol=1e-9) & (values[:-1] > 1e-3)
+        i = int(equal.argmax())
+        vectors[:, [i, i + 1]] = vectors[:, [i, i + 1]] @ [[.6, -.8], [.8, .6]]
+        return values, -vectors
+    monkeypatch.setattr(np.linalg, "eigh", turned)
+    assert np.allclose(smooth_codes(3, 20), wanted)
 
 
 def test_effective_dimensions():
