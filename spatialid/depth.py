@@ -38,7 +38,7 @@ from .plots import ticks
 from .query import Query
 from .questions import FRONT_BEHIND, QUESTIONS
 from .scenes import COLOURS, OBJECTS, FreeScenes, Scene, Thing, relation
-from .stats import bootstrap, not_judged, rng, texts_of, with_interval
+from .stats import bootstrap, not_judged, rng, texts_of, wilson, with_interval
 from .store import OKABE_ITO, load_results, style
 from .sweeps import Sweep, change, odds, slope, sweep
 
@@ -425,7 +425,6 @@ def depth_accuracy(
     vlm:VLM,
     pairs:PairQuestions,
     strings:dict, # {kind: for each answer, tuples of token ids}
-    seed:int=0, # of the bootstrap
 ) -> dict: # "above_below", "front_behind": share of right answers; "as height suggests", "height is right"
     "How well a model answers both questions, and whether the second as height suggests: lower, so in front."
     truth, said = {}, {}
@@ -436,7 +435,7 @@ def depth_accuracy(
     right = {kind: said[kind] == truth[kind] for kind in COMPARED}
     right["as height suggests"] = said["front_behind"] == suggested
     right["height is right"] = truth["front_behind"] == suggested
-    return {name: bootstrap(v.astype(float), seed=seed) for name, v in right.items()}
+    return {name: wilson(v) for name, v in right.items()}
 
 def depth_at_chance(
     accuracy:dict, # {kind of scenes: of `depth_accuracy`}

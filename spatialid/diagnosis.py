@@ -48,7 +48,7 @@ from .plots import ticks
 from .query import Query
 from .questions import BENCHMARK_KINDS, QUESTIONS
 from .scenes import GridScenes, Objects
-from .stats import absolute, as_text, bootstrap, not_judged, rng, spanning
+from .stats import absolute, as_text, bootstrap, not_judged, rng, spanning, wilson
 from .store import OKABE_ITO, load_results, style, write_json
 from .sweeps import Resumed, at_every_layer, attention, sweep
 
@@ -788,7 +788,6 @@ def confusion_of(
 def judged(
     found:list, # of dicts with `truth` and `loss`
     tolerance:dict,
-    seed:int=0,
 ) -> dict: # n, accuracy, confusion {truth: {verdict: number}}, chance, named, undetermined
     "Verdicts on lesions of known place."
     pairs = [(lesion["truth"], decide(lesion["loss"], tolerance)[0]) for lesion in found]
@@ -797,7 +796,7 @@ def judged(
     right = [truth == verdict for truth, verdict in hurt]
     named = [truth == verdict for truth, verdict in hurt if verdict != "undetermined"]
     commonest = max(map(truths.count, STAGES)) / len(hurt)
-    return {"n": len(hurt), "accuracy": bootstrap(np.array(right, dtype=float), seed=seed),
+    return {"n": len(hurt), "accuracy": wilson(right),
             "confusion": confusion_of(pairs),
             "chance": {"one of three": 1 / 3, "always the commonest": commonest},
             "named": {"n": len(named), "right": float(np.mean(named)) if named else None},
@@ -1145,7 +1144,7 @@ class CaseSource:
         found = {}
         for level in ["as trained"] if self.benchmark else LADDER:
             right = right_answers(vlm, self.questions("difficulty", n, level))
-            found[level] = bootstrap(right, seed=self.seed)
+            found[level] = wilson(right)
             if found[level]["value"] <= least: return level, found
         return min(found, key=lambda level: abs(found[level]["value"] - least)), found
 
@@ -1179,13 +1178,12 @@ def kinds_in(questions:Cases) -> dict: # {"left/right", "above/below": (B,) bool
 def question_numbers(
     questions:Cases,
     read:Readings,
-    seed:int=0, # of the bootstrap
 ) -> dict: # n, dropped, another_word_likelier, accuracy
     "How many questions there are, and how many are answered rightly."
     masks = {"all": np.ones(len(questions), dtype=bool), **kinds_in(questions)}
-    right = {name: read.right[mask].astype(float) for name, mask in masks.items() if mask.any()}
+    right = {name: read.right[mask] for name, mask in masks.items() if mask.any()}
     return {"n": len(questions), "dropped": questions.dropped, "another_word_likelier": int(read.elsewhere.sum()),
-            "accuracy": {name: bootstrap(v, seed=seed) for name, v in right.items()}}
+            "accuracy": {name: wilson(v) for name, v in right.items()}}
 
 def texts_of(
     numbers, # {value, low, high}, tests of `compare`, or dictionaries of such numbers
@@ -1397,7 +1395,7 @@ class LesionStudy:
 
     def judged(self, lesions:list, tolerance:dict|None=None) -> dict|None:
         "Verdicts on some lesions, with the fitted tolerance or another; None where there are no lesions."
-        return judged(lesions, tolerance or self.tolerance, self.seed) if lesions else None
+        return judged(lesions, tolerance or self.tolerance) if lesions else None
 
     def verdict(self, lesion:dict) -> tuple: # stage, strength
         "The verdict on one lesion."

@@ -27,7 +27,7 @@ from .pictures import as_seen
 from .plots import GROUP_COLOURS, dot, frame, legend_above, mark_layers, plot_curves
 from .query import Query
 from .questions import LEFT_RIGHT
-from .stats import absolute, bootstrap, estimate, resample, rng, as_text
+from .stats import absolute, as_text, estimate, resample, rng, wilson
 from .store import OKABE_ITO
 from .sweeps import sweep
 
@@ -188,13 +188,12 @@ def complement_check(
 def belief_follows(
     s, # a `Sweep` with source queries of two answers
     flips:bool=True, # does the truth differ between base and source?
-    seed:int=0,
 )->dict: # of {value, low, high, n}
     "Share of right answers in the base, in the source, and in both."
     right = s.base_log_probs.argmax(1).numpy() == s.truth
     other = s.source_log_probs.argmax(1).numpy() == (1 - s.truth if flips else s.truth)
     shares = {"base": right, "source": other, "both": right & other}
-    return {name: bootstrap(share.astype(float), seed=seed) for name, share in shares.items()}
+    return {name: wilson(share) for name, share in shares.items()}
 
 # %% ../nbs/02_mirror_swap.ipynb #2673ecc4
 @dataclass(frozen=True)
@@ -504,10 +503,10 @@ def plot_words(
     right.set(title="text with and without the objects", ylabel="")
 
 # %% ../nbs/02_mirror_swap.ipynb #a4dcc685
-def right_answers(vlm, queries:list, seed:int=0)->dict: # {value, low, high, n}
+def right_answers(vlm, queries:list)->dict: # {value, low, high, n}
     "Share of questions that are answered rightly."
     right = [belief == query.truth for belief, query in zip(vlm.run(queries).beliefs, queries)]
-    return bootstrap(right, seed=seed)
+    return wilson(right)
 
 # %% ../nbs/02_mirror_swap.ipynb #e69c94b2
 def answered_pair(

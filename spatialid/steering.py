@@ -225,9 +225,8 @@ def readings(
     numbers = {}
     for rule, (at, mean) in rules.items():
         shares = {arm: mean(v) for arm, v in swaps.items()}
-        shares["gain"] = shares["ID"] - shares["noise"]
-        numbers[rule] = {"layers": [int(l) for l in at]}
-        numbers[rule] |= {arm: bootstrap(v, seed=seed) for arm, v in shares.items()}
+        numbers[rule] = {"layers": [int(l) for l in at], **{arm: wilson(v) for arm, v in shares.items()}}
+        numbers[rule]["gain"] = bootstrap(shares["ID"] - shares["noise"], seed=seed)
     return numbers
 
 # %% ../nbs/04_steering.ipynb #ecf4d2fd
@@ -291,7 +290,6 @@ def dose_readings(
     layers:list, # L
     best:int, # the chosen layer
     n_layers:int,
-    seed:int=0, # of the bootstrap
 ) -> dict: # {"layer ℓ", "middle third": {α: {arm: {value, low, high, n}}}}, without what was not swept
     "Shares of swapped beliefs by dose, at the chosen layer and over the middle third."
     places = {f"layer {best}": [best], "middle third": middle_third(n_layers)}
@@ -300,7 +298,7 @@ def dose_readings(
         if not (at := [layers.index(layer) for layer in wanted if layer in layers]): continue
         found[name] = {}
         for dose, arms in swaps.items():
-            found[name][dose] = {arm: bootstrap(v[at].mean(0), seed=seed) for arm, v in arms.items()}
+            found[name][dose] = {arm: wilson(v[at].mean(0)) for arm, v in arms.items()}
     return found
 
 # %% ../nbs/04_steering.ipynb #f8b4aeed
@@ -835,9 +833,9 @@ def scoring_numbers(
         now = read(logits)
         moved[name] = ((now != was) & (was >= 0) & (now >= 0)).double().numpy()[used]
     noise = np.mean([v for name, v in moved.items() if name != "ID"], axis=0)
-    shares = {"ID": moved["ID"], "noise": noise, "gain": moved["ID"] - noise}
-    shares["accuracy"] = (was.numpy() == truth)[used].astype(float)
-    return {name: bootstrap(v, seed=seed) for name, v in shares.items()}
+    gain = bootstrap(moved["ID"] - noise, seed=seed)
+    return {"ID": wilson(moved["ID"]), "noise": wilson(noise), "gain": gain,
+            "accuracy": wilson((was.numpy() == truth)[used])}
 
 # %% ../nbs/04_steering.ipynb #998f0af2
 def reworded(
@@ -892,7 +890,7 @@ def choice_numbers(
     found = {}
     for name, row in {**rows, **scoring}.items():
         answers = right.get(name, right["headline"])
-        found[name] = {"accuracy": bootstrap(answers[len(answers) // 2:].astype(float), seed=seed)}
+        found[name] = {"accuracy": wilson(answers[len(answers) // 2:])}
         found[name] |= {key: row[key] for key in ("layers", "ID", "noise", "gain", "accuracy") if key in row}
     return found
 
@@ -1362,10 +1360,9 @@ def relation_changes(
 
 def right_share(
     s, # a `Sweep`
-    seed:int=0, # of the bootstrap
 ) -> dict: # {value, low, high, n}
     "Share of the questions that are answered right without any push."
-    return bootstrap((s.base_log_probs.argmax(-1).numpy() == s.truth).astype(float), seed=seed)
+    return wilson(s.base_log_probs.argmax(-1).numpy() == s.truth)
 
 # %% ../nbs/04_steering.ipynb #ed4fea6a
 def relation_numbers(
@@ -1755,7 +1752,7 @@ def table1_numbers(
     others = [v for name, v in shares.items() if name != OBJECTS_ON_OBJECTS and not name.startswith("noise")]
     def margin(v): return v[:, 0].mean() - v[:, 1:].mean(0).max()
     most = bootstrap(np.stack([shares[OBJECTS_ON_OBJECTS], *others], 1), margin, seed=seed)
-    return chosen, {name: bootstrap(v, seed=seed) for name, v in shares.items()}, most
+    return chosen, {name: wilson(v) for name, v in shares.items()}, most
 
 PAPER_TABLE1 = {"Qwen-3b": (18.77, 51.19, 81.23, 48.46), "Qwen-7b": (6.12, 38.78, 72.35, 47.96),
                 "LLaVA-7b": (29.83, 30.51, 46.26, 26.19), "LLaVA-13b": (8.16, 19.39, 48.30, 15.25)} # percent
@@ -1796,7 +1793,7 @@ def fig9_numbers(
     strength = {l: id_strength(ids, run, l) for l in s.layers}
     score = {l: numbers["strength"] for l, numbers in strength.items()}
     middle = [score[l] for l in middle_third(vlm.n_layers) if l in score]
-    return {"accuracy": bootstrap(right.astype(float), seed=seed),
+    return {"accuracy": wilson(right),
             "steerability": rules["middle third"]["gain"],
             "steerability_chosen_on_half": rules["chosen on half"]["gain"],
             "steerability_released": bootstrap((right.astype(float) - steered).mean(0), seed=seed),

@@ -35,7 +35,7 @@ from .plots import plot_curves
 from .query import Query
 from .questions import BEFORE_AFTER, LEFT_RIGHT
 from .scenes import FreeScenes, Scene
-from .stats import bootstrap, estimate, resample, rng, as_text, with_interval
+from .stats import as_text, bootstrap, estimate, resample, rng, wilson, with_interval
 from .plots import ticks
 from .store import OKABE_ITO, load_results, results_dir
 from .sweeps import change, odds, slope, sweep
@@ -548,8 +548,9 @@ def end_swaps(
               "agreeing ID": answers_turned(swept, layer, "ID", agreeing),
               "noise": answers_turned(swept, layer, "noise", opposing, draws),
               "outside the span": answers_turned(swept, layer, "outside", opposing, draws)}
-    turned["opposing less noise"] = turned["opposing ID"] - turned["noise"]
-    return {arm: bootstrap(share[which], seed=seed) for arm, share in turned.items()}
+    excess = (turned["opposing ID"] - turned["noise"])[which]
+    shares = {arm: wilson(share[which]) for arm, share in turned.items()}
+    return {**shares, "opposing less noise": bootstrap(excess, seed=seed)}
 
 # %% ../nbs/08_temporal.ipynb #793b65f1
 def path_moments(
@@ -730,13 +731,12 @@ def answers_from_files(
     vlm:VLM,
     queries:list, # about videos
     from_memory:list, # answers to them
-    seed:int, # of the bootstrap
 ) -> dict: # {"right", "same_answer": {value, low, high, n}}
     "How often answers about videos from files are right, and the same as about those in memory."
     beliefs = vlm.run(through_files(queries)).beliefs
     right = [belief == query.truth for belief, query in zip(beliefs, queries)]
     same = [belief == answer for belief, answer in zip(beliefs, from_memory)]
-    return {name: bootstrap(np.array(v, float), seed=seed) for name, v in (("right", right), ("same_answer", same))}
+    return {"right": wilson(right), "same_answer": wilson(same)}
 
 # %% ../nbs/08_temporal.ipynb #6c20926f
 def side_questions(

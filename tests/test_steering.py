@@ -1082,7 +1082,7 @@ def test_table_1_is_read_where_objects_swap_most_on_the_first_half():
     assert chosen == 1 and table[st.OBJECTS_ON_OBJECTS]["n"] == 2 and most["value"] == 1, "noise is no cell"
     text = st.table1_text(table, "toy").splitlines()
     assert len(text) == 2 + 4 + 1 and text[2].startswith("| Qwen-3b, paper | 18.77 | 51.19 |")
-    assert "| **toy** | 0.0 [0.0, 0.0] | 0.0 [0.0, 0.0] | 100.0 [100.0, 100.0] |" in text[-1]
+    assert "| **toy** | 0.0 [0.0, 65.8] | 0.0 [0.0, 65.8] | 100.0 [34.2, 100.0] |" in text[-1], "two questions"
 
 
 @pytest.mark.slow

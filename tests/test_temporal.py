@@ -406,7 +406,7 @@ def test_answers_from_files():
     off = [np.abs(np.asarray(a, float) - np.asarray(b, float)).mean() for a, b in zip(again[0].image, queries[0].image)]
     assert 0 < max(off) < 12, "nearly the same pictures"
     vlm = SimpleNamespace(run=lambda some: SimpleNamespace(beliefs=["before"] * 4))
-    found = tm.answers_from_files(vlm, queries, ["before", "before", "before", "after"], 0)
+    found = tm.answers_from_files(vlm, queries, ["before", "before", "before", "after"])
     assert found["same_answer"]["value"] == .75
     assert found["right"]["value"] == np.mean([q.truth == "before" for q in queries])
 
