@@ -313,7 +313,7 @@ def _word_rows(self:VLM, query, group):
     rows = _object_rows(layout) if group == "objects" else layout.rows.get(group)
     if rows: return rows
     raise ValueError(f"'{group}' is not a marked word of the query '{query.template}': mark it, or ask for "
-                     f"{', '.join([*layout.rows, 'image', 'text', 'answers', 'last'])} or all")
+                     f"{', '.join([*layout.rows, 'objects', 'image', 'text', 'answers', 'last'])} or all")
 
 def _object_rows(layout):
     "Rows of the marks `subject`, `object`, `object2`, ..., in this order."
@@ -441,6 +441,10 @@ class Run:
     rows: torch.Tensor|None # (B, P) token positions of those rows
     answers: list # of B tuples of words
     answer_ids: torch.Tensor # (B, A, K) token ids of each answer, -1 for none
+
+    def __repr__(self):
+        kept = f", residual stream after {sorted(self.residuals)} of {list(self.groups)}" if self.residuals else ""
+        return f"Run of {len(self.logits)} queries: beliefs, logit_diff, log_probs{kept}"
 
     def residual(self,
         layer:int, # 1 to N

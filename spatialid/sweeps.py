@@ -390,6 +390,10 @@ class Sweep:
     @property
     def names(self): return list(self.log_probs)
 
+    def __repr__(self):
+        return (f"Sweep ({self.path}) of {len(self.truth)} queries: {', '.join(map(str, self.names))} after each of "
+                f"{len(self.layers)} layers; shift(name), log_probs[name] (layer, query, answer)")
+
 # %% ../nbs/00_sweeps.ipynb #18848050
 def _check_queries(base, source):
     "Raises ValueError for queries that cannot be swept."
@@ -770,6 +774,10 @@ class Shift:
 
     @property
     def used(self): return np.abs(self.denominators) >= self.threshold
+
+    def __repr__(self):
+        n, of = int(self.used.sum()), len(self.used)
+        return f"Shift of {n} of {of} queries after each of {len(self.layers)} layers: ratio"
 
     @property
     def values(self): # (L, B), NaN where the denominator is too small

@@ -300,6 +300,17 @@ def test_what_a_swap_leaves_to_recompute(llava):
     assert complement(llava, [base], [source], "image") < 1e-9
 
 
+def test_what_a_run_a_sweep_and_a_shift_hold_is_a_line_each(llava):
+    base, source = questions(2, 0), questions(2, 1)
+    swept = sweep(llava, base, source, ["image"], [1, 3])
+    assert repr(swept).startswith("Sweep (fast) of 2 queries: image after each of 2 layers")
+    shift = swept.shift("image")
+    assert repr(shift) == f"Shift of {shift.used.sum()} of 2 queries after each of 2 layers: ratio"
+    assert repr(llava.run(base)) == "Run of 2 queries: beliefs, logit_diff, log_probs"
+    assert repr(llava.run(base, [1], "last")).endswith("residual stream after [1] of ['last']")
+    with pytest.raises(ValueError, match="ask for subject, object, objects, image"): llava.run(base, [1], "object words")
+
+
 def test_first_affected():
     causal = torch.ones(6, 6).tril().bool()
     block = causal.clone()
