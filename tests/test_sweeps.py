@@ -308,7 +308,8 @@ def test_what_a_run_a_sweep_and_a_shift_hold_is_a_line_each(llava):
     assert repr(shift) == f"Shift of {shift.used.sum()} of 2 queries after each of 2 layers: ratio"
     assert repr(llava.run(base)) == "Run of 2 queries: beliefs, logit_diff, log_probs"
     assert repr(llava.run(base, [1], "last")).endswith("residual stream after [1] of ['last']")
-    with pytest.raises(ValueError, match="ask for subject, object, objects, image"): llava.run(base, [1], "object words")
+    with pytest.raises(ValueError, match="ask for subject, object, objects, image"):
+        llava.run(base, [1], "object words")
 
 
 def test_first_affected():
