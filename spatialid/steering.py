@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['ARMS', 'DOSES', 'ARM_COLOURS', 'PUBLISHED', 'DOSE_COLUMNS', 'UNREADABLE', 'NEITHER', 'APART', 'EFFECTS', 'KIND_AXES',
            'ALL_CELLS', 'PATH_COLOURS', 'OBJECTS_ON_OBJECTS', 'PAPER_TABLE1', 'CHANCES', 'QuestionSource',
-           'show_question', 'plot_answers', 'answers_right', 'masks_of_kinds', 'words_said', 'steered_answers',
-           'swapped', 'adversarial', 'fig2_edits', 'draws_of_arms', 'readings', 'dose_edits', 'other_doses',
-           'fig2_dose_edits', 'swaps_at_dose', 'dose_readings', 'plot_line', 'zero_line', 'plot_swaps', 'listed_layers',
-           'plot_bars', 'plot_rules', 'plot_dose_readings', 'plot_fig2', 'newcombe', 'moves_by_slot', 'chosen_dose',
-           'at_dose', 'second_noun_ids', 'dose_choices', 'dose_table', 'whole_words', 'mirror_swaps', 'efficiency',
+           'show_question', 'plot_answers', 'answers_right', 'masks_of_kinds', 'steered_answers', 'swapped',
+           'adversarial', 'fig2_edits', 'draws_of_arms', 'readings', 'dose_edits', 'other_doses', 'fig2_dose_edits',
+           'swaps_at_dose', 'dose_readings', 'plot_line', 'zero_line', 'plot_swaps', 'listed_layers', 'plot_bars',
+           'plot_rules', 'plot_dose_readings', 'plot_fig2', 'newcombe', 'moves_by_slot', 'chosen_dose', 'at_dose',
+           'second_noun_ids', 'dose_choices', 'dose_table', 'whole_words', 'mirror_swaps', 'efficiency',
            'ceiling_numbers', 'plot_dose', 'plot_estimates', 'layers_beside', 'dose_points', 'plot_dose_choice',
            'wilson_by_layer', 'fig2_claims', 'norm_growth', 'norm_numbers', 'occurrences', 'released_scale',
            'with_noise', 'largest_only', 'variant_edits', 'swaps_of_variants', 'repeated_words', 'one_spelling',
@@ -39,14 +39,14 @@ from PIL import ImageOps
 
 from .benchmarks import Benchmark
 from .edits import BOTH, gaussian, moves, opposing, permuted_places, pushing
-from .extraction import SpatialIDs, extract, orthonormal, subsample
+from .extraction import SpatialIDs, extract, orthonormal, stored_ids, subsample
 from .hooks import VLM, scaled
 from .plots import ticks
 from .query import Query
 from .questions import BENCHMARK_KINDS, LEFT_RIGHT, QUESTIONS, questions
 from .scenes import COLOURS, FreeScenes, GridScenes, Scene, Thing, grid_pairs
 from .stats import as_text, bootstrap, markdown_table, not_judged, number_table, rng, wilson
-from .store import OKABE_ITO, results_dir, style
+from .store import OKABE_ITO, style
 from .sweeps import at_every_layer, change, middle_third, odds, slope, sweep
 
 # %% ../nbs/04_steering.ipynb #3e527b8b
@@ -114,16 +114,6 @@ def masks_of_kinds(queries:list) -> dict: # {"left/right questions", "above/belo
     return {"left/right questions": left_right, "above/below questions": ~left_right}
 
 # %% ../nbs/04_steering.ipynb #ff0a9125
-def words_said(
-    vlm:VLM,
-    query:Query,
-    n:int=2, # tokens
-) -> str:
-    "The model's answer in words, greedily."
-    batch = vlm.encode([query]).to(vlm.device, vlm.model.dtype)
-    said = vlm.model.generate(**batch, max_new_tokens=n, do_sample=False)[0, batch["input_ids"].shape[1]:]
-    return vlm.tokenizer.decode(said, skip_special_tokens=True).strip()
-
 def steered_answers(
     vlm:VLM,
     ids:SpatialIDs,
@@ -135,12 +125,12 @@ def steered_answers(
     "What a model says with subject and object pushed to the places opposite to its belief (rule `diff_norm`)."
     (to, _), (origin, _) = (ends[0].tolist() for ends in opposing([query], [belief]))
     step = ids.step(tuple(map(int, origin)), tuple(map(int, to)))
-    pushes, found = {"subject": step, "object": -step}, {"truth": query.truth, "as it is": words_said(vlm, query)}
+    pushes, found = {"subject": step, "object": -step}, {"truth": query.truth, "as it is": vlm.generate(query, 2)}
     for dose in doses:
         answers = found[f"α = {dose:g}, after each block"] = []
         for layer in layers:
             with vlm.steer(query, pushes, layer=layer, scale=dose, rule="diff_norm"):
-                answers.append(words_said(vlm, query))
+                answers.append(vlm.generate(query, 2))
     return found
 
 # %% ../nbs/04_steering.ipynb #534ced02
@@ -462,16 +452,14 @@ def at_dose(
 
 # %% ../nbs/04_steering.ipynb #f7e70469
 def second_noun_ids(
+    vlm:VLM,
     model:str,
-    ids:SpatialIDs, # read at the first noun
+    protocol:str, # of the IDs read at the first noun
 ) -> SpatialIDs|None:
-    "The IDs read at the second noun, where notebook 03 has left them. ValueError for IDs of other weights."
-    path = results_dir(model)/"spatial_ids_second.safetensors"
-    if not path.is_file(): return None
-    second = SpatialIDs.load(path)
-    if second.provenance.get("weight_hash") != ids.provenance.get("weight_hash"):
-        raise ValueError(f"the IDs in {path.name} are of other weights: run notebook 03 again")
-    second.protocol = ids.protocol
+    "The IDs read at the second noun, where notebook 03 has left them. ValueError as `stored_ids`."
+    try: second = stored_ids(vlm, model, "second")
+    except FileNotFoundError: return None
+    second.protocol = protocol
     return second
 
 DOSE_COLUMNS = ("ID", "noise", "permuted places", "gain")

@@ -220,16 +220,15 @@ def rounded(
 # %% ../nbs/lib/store.ipynb #47cdc109
 def agree(
     a, b, # JSON values
-    relative:float=1e-4,
-    absolute:float=1e-6,
 ) -> bool:
-    """Whether two results are the same but for the rounding of another machine; counts and texts have to be equal."""
-    if isinstance(a, dict) and isinstance(b, dict):
-        return a.keys() == b.keys() and all(agree(a[key], b[key], relative, absolute) for key in a)
-    if isinstance(a, list) and isinstance(b, list):
-        return len(a) == len(b) and all(agree(x, y, relative, absolute) for x, y in zip(a, b))
-    if {type(a), type(b)} == {float}: return a == b or math.isclose(a, b, rel_tol=relative, abs_tol=absolute)
-    return type(a) is type(b) and a == b
+    """Whether two results are the same but for the rounding of another machine: to 1e-4 relative or 1e-6 absolute.
+
+    A number below 1e-9 measures rounding itself, so that it has no absolute allowance. Counts and texts have to be
+    equal."""
+    if isinstance(a, dict) and isinstance(b, dict): return a.keys() == b.keys() and all(agree(a[k], b[k]) for k in a)
+    if isinstance(a, list) and isinstance(b, list): return len(a) == len(b) and all(map(agree, a, b))
+    if {type(a), type(b)} != {float}: return type(a) is type(b) and a == b
+    return a == b or math.isclose(a, b, rel_tol=1e-4, abs_tol=1e-6 if min(abs(a), abs(b)) > 1e-9 else 0)
 
 def as_before(
     numbers, # results of a run

@@ -21,7 +21,7 @@ from fastcore.basics import patch
 from tqdm import tqdm
 from transformers import AttentionInterface, DynamicCache
 
-from .hooks import VLM, Run
+from .hooks import VLM, Run, check_same_length
 from .query import Query, ordered
 from .stats import bootstrap
 from .store import OKABE_ITO
@@ -397,10 +397,6 @@ class Sweep:
 # %% ../nbs/00_sweeps.ipynb #18848050
 def _check_queries(base, source):
     "Raises ValueError for queries that cannot be swept."
-    if not base: raise ValueError("there are no queries to sweep: give at least one")
-    if wrong := [q for q in base if not isinstance(q, Query)]:
-        kind = type(wrong[0]).__name__
-        raise ValueError(f"a question is a Query(image, template, words, answers), not a {kind}")
     if any(not q.answers for q in base):
         raise ValueError("a query has no answers to watch: give Query(..., answers=('left', 'right'))")
     if source is not None and len(source) != len(base):
@@ -513,7 +509,7 @@ def sweep(
     `patch` and `steer`."""
     vlm._check_clean()
     began = time.time()
-    base, source = _listed(base), _listed(source)
+    base, source = vlm.check_queries(base), vlm.check_queries(source) if source else None
     edits = _edits(edits or {}, source, base)
     layers = vlm.check_layers(layers) or list(range(1, vlm.n_layers + 1))
     fast = vlm.family.fast and not plain
@@ -529,10 +525,6 @@ def sweep(
                  logits={name: table.kept[name] for name in edits} if logits else None)
 
 _BASE, _SOURCE = object(), object() # stand for the clean runs among the names of edits
-
-def _listed(queries):
-    "A list of queries from one, or from several in an order; None stays."
-    return [queries] if isinstance(queries, Query) else queries and list(ordered(queries, "queries"))
 
 def _truths(queries):
     "(B,) index of the right answer, -1 unknown."
@@ -593,7 +585,7 @@ def _plan(vlm, runs, edits, groups, layers):
     pad = (~runs.base.real).sum(1).tolist()
     for name, (group, new) in edits.items():
         rows = [[p + r for r in found] for p, found in zip(pad, groups[name])]
-        if new is not None: _check_lengths(name, group, rows)
+        if new is not None: check_same_length(rows, group, f"queries (edit '{name}')", _SWEEP_APART)
         edited = _edited(runs.base, rows)
         resumptions = runs.resumptions(edited, new is None)
         rows = None if new is None else torch.tensor(rows, device=edited.device)
@@ -602,12 +594,7 @@ def _plan(vlm, runs, edits, groups, layers):
             make = _first_rows(runs, layer, T - S, edited, rows, new)
             yield _Cell((name, layer), run, S, edited.shape[1] - T, make)
 
-def _check_lengths(name, group, rows):
-    "Raises ValueError where a group has different numbers of rows in the queries."
-    lengths = {*map(len, rows)}
-    if len(lengths) > 1:
-        raise ValueError(f"the group {group!r} of the edit '{name}' has {min(lengths)} to {max(lengths)} tokens in "
-                         "these queries: sweep those of one length together, or name single words")
+_SWEEP_APART = "sweep those of one length together, or name single words" # where groups have several lengths
 
 def _edited(base, rows):
     "(B, T) bool, (B, T + n) where rows of a picture without tokens are among them."

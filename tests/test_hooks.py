@@ -1062,3 +1062,10 @@ def test_a_model_that_is_partly_on_disk_is_asked_as_any_other(saved, vlm, tmp_pa
     assert torch.allclose(mine.logits, theirs.logits, atol=1e-5)
     assert torch.allclose(mine.residual(2), theirs.residual(2), atol=1e-5)
     assert loaded.weight_hash == VLM.load(saved, device="cpu").weight_hash
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_generate_says_the_likeliest_token_in_any_precision(dtype):
+    vlm, (query, *_) = VLM(*tiny_llava(dtype=dtype), "tiny"), [ask()]
+    likeliest = int(vlm.run(query).logits.argmax())
+    assert vlm.generate(query, 1) == vlm.tokenizer.decode([likeliest], skip_special_tokens=True).strip()

@@ -161,6 +161,9 @@ def test_numbers_that_another_machine_rounds_otherwise_stay_as_they_stand(tmp_pa
     moved = {"e": Estimate(.50001, .2501, .74999, 8), "list": [.1001, .2], "n": 2, "small": 2e-6, "t": "b", "new": 1.}
     save_results("toy", "03_x", moved, {})
     assert json.loads(path.read_text()) == json.loads(json.dumps(moved)), "the whole estimate, the whole list"
+    save_results("toy", "03_x", {"gap": 1e-14, "zero": 0.}, {})
+    save_results("toy", "03_x", {"gap": 9e-7, "zero": 5e-7}, {})
+    assert json.loads(path.read_text()) == {"gap": 9e-7, "zero": 5e-7}, "what measures rounding has no allowance"
     path.write_text("{")
     save_results("toy", "03_x", {"n": 1}, {})
     assert json.loads(path.read_text()) == {"n": 1}

@@ -636,14 +636,14 @@ def test_answers_and_kinds_of_questions(mixed):
 
 def test_a_model_answers_in_words_while_it_is_steered(small, mixed):
     query, ids = mixed[0], random_ids(small, np.random.default_rng(0))
-    said = st.words_said(small, query)
+    said = small.generate(query, 2)
     assert said in query.answers
     found = st.steered_answers(small, ids, query, said, [1, 3], (0, 5.0))
     assert found["as it is"] == said and found["α = 0, after each block"] == [said] * 2
     cell = {"left": 0, "right": 3}
     step = ids.step((cell[said], 0), (3 - cell[said], 0))
     with small.steer(query, {"subject": step, "object": -step}, layer=3, scale=5, rule="diff_norm"):
-        assert found["α = 5, after each block"][1] == st.words_said(small, query)
+        assert found["α = 5, after each block"][1] == small.generate(query, 2)
 
 
 def test_the_arms_of_figure_2(small, mixed):
@@ -690,14 +690,15 @@ def test_doses_still_to_be_swept(small, mixed):
 
 def test_ids_of_the_second_noun_are_those_of_the_model(llava, tmp_path, monkeypatch):
     monkeypatch.setenv("SPATIALID_RESULTS", str(tmp_path))
-    ids, second = grid_ids(llava), grid_ids(llava, seed=1)
-    assert st.second_noun_ids("llava-tiny", ids) is None
+    assert st.second_noun_ids(llava, "llava-tiny", "paper") is None
+    second = grid_ids(llava, seed=1)
+    second.provenance = {"weight_hash": llava.weight_hash}
     second.save(st.results_dir("llava-tiny")/"spatial_ids_second.safetensors")
-    ids.provenance, ids.protocol = second.provenance, "released"
-    found = st.second_noun_ids("llava-tiny", ids)
+    found = st.second_noun_ids(llava, "llava-tiny", "released")
     assert np.allclose(found.table, second.table) and found.protocol == "released"
-    ids.provenance = {"weight_hash": "other"}
-    with pytest.raises(ValueError, match="run notebook 03 again"): st.second_noun_ids("llava-tiny", ids)
+    second.provenance = {"weight_hash": "other"}
+    second.save(st.results_dir("llava-tiny")/"spatial_ids_second.safetensors")
+    with pytest.raises(ValueError, match="run notebook 03 again"): st.second_noun_ids(llava, "llava-tiny", "paper")
 
 
 def doses_of(L=3, B=8):
