@@ -46,7 +46,7 @@ from .extraction import SpatialIDs, extract, orthonormal, stored_ids, subsample
 from .hooks import VLM, scaled
 from .plots import ticks
 from .query import Query
-from .questions import BENCHMARK_KINDS, QUESTIONS
+from .questions import BENCHMARK_KINDS, QUESTIONS, answers_right
 from .scenes import GridScenes, Objects
 from .stats import absolute, as_text, bootstrap, not_judged, rng, spanning, wilson
 from .store import OKABE_ITO, load_results, style, write_json
@@ -160,8 +160,7 @@ class Readings:
 
 def right_answers(vlm:VLM, questions:Cases) -> np.ndarray: # (B,) 0 or 1
     "Which questions a model answers rightly."
-    beliefs = vlm.run(questions.queries).beliefs
-    return np.array([belief == q.truth for belief, q in zip(beliefs, questions.queries)], dtype=float)
+    return answers_right(questions.queries, vlm.run(questions.queries).beliefs).astype(float)
 
 def slot_means(rows:np.ndarray, axis:np.ndarray) -> np.ndarray: # (B, 2, d), (B,) -> (B, 2, d)
     "The mean activation of a word's slot over all questions of its kind."
@@ -193,7 +192,7 @@ def read_ids(
         baselines = {"text": text, "mean": slot_means(rows, questions.axis), "none": 0}
         for name, baseline in baselines.items(): extracted[name].append(ids.project(rows - baseline, layer))
         true.append(ids.project(at_place(ids.at(layer), cells).numpy(), layer))
-    right = np.array([belief == q.truth for belief, q in zip(seen.beliefs, questions.queries)])
+    right = answers_right(questions.queries, seen.beliefs)
     tops = zip(seen.logits.argmax(-1).tolist(), map(vlm.answer_ids, questions.queries))
     elsewhere = np.array([top not in chain(*answers) for top, answers in tops])
     extracted = {name: np.array(v) for name, v in extracted.items()}

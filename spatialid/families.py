@@ -19,6 +19,7 @@ from transformers.models.auto.video_processing_auto import get_video_processor_c
 from transformers.video_utils import VideoMetadata
 
 from .pictures import as_seen
+from .stats import markdown_table
 
 # %% ../nbs/lib/families.ipynb #a0040a83
 class Stream:
@@ -236,11 +237,11 @@ def parity_table(
     marks = {(row["family"], row["medium"], row["check"]): _mark(row) for row in rows}
     limits = {row["check"]: row["limit"] for row in rows}
     heads = [f"{check} (≤ {limit:.0e})" if limit else f"{check} (0)" for check, limit in limits.items()]
-    lines = ["| " + " | ".join(["family", *heads]) + " |", "|---" * (1 + len(heads)) + "|"]
+    lines = []
     for family, medium in dict.fromkeys((family, medium) for family, medium, _ in marks):
         cells = [marks.get((family, medium, check), "–") for check in limits]
-        lines.append("| " + " | ".join([f"{FAMILIES[family].title}, {medium}", *cells]) + " |")
-    return "\n".join([*lines, "", ", ".join(map(" ".join, versions.items()))])
+        lines.append([f"{FAMILIES[family].title}, {medium}", *cells])
+    return "\n".join([markdown_table(["family", *heads], lines), "", ", ".join(map(" ".join, versions.items()))])
 
 def _mark(row):
     "A number of the table and whether it is within its limit."

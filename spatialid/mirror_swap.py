@@ -26,7 +26,7 @@ from .groups import random_words, released_text
 from .pictures import as_seen
 from .plots import GROUP_COLOURS, dot, frame, legend_above, mark_layers, plot_curves
 from .query import Query
-from .questions import LEFT_RIGHT
+from .questions import LEFT_RIGHT, answers_right
 from .stats import absolute, as_text, estimate, resample, rng, wilson
 from .store import OKABE_ITO
 from .sweeps import sweep
@@ -505,8 +505,7 @@ def plot_words(
 # %% ../nbs/02_mirror_swap.ipynb #a4dcc685
 def right_answers(vlm, queries:list)->dict: # {value, low, high, n}
     "Share of questions that are answered rightly."
-    right = [belief == query.truth for belief, query in zip(vlm.run(queries).beliefs, queries)]
-    return wilson(right)
+    return wilson(answers_right(queries, vlm.run(queries).beliefs))
 
 # %% ../nbs/02_mirror_swap.ipynb #e69c94b2
 def answered_pair(

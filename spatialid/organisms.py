@@ -43,7 +43,7 @@ from .families import FAMILIES, Frames, without_torchvision
 from .questions import KINDS, VIDEO_KINDS
 from .registry import BUNDLED
 from .scenes import OBJECTS, PLACES, FreeScenes, place, question_texts
-from .stats import rng
+from .stats import markdown_table, rng
 from .store import write_bytes, write_json
 from .videos import Video, Videos, moment
 
@@ -374,13 +374,12 @@ def fresh_blocks(model, seed:int):
 # %% ../nbs/10_organisms.ipynb #4e303252
 def zoo(recipes:dict) -> str: # a table in Markdown
     "Class, size and image tokens of each recipe."
-    lines = ["| recipe | class | parameters | blocks | width | image tokens |", "|---|---|---|---|---|---|"]
+    rows = []
     for name, recipe in recipes.items():
         organism, _ = build(recipe)
         size = sum(p.numel() for p in organism.parameters())
-        shape = f"{recipe.blocks} | {recipe.width} | {recipe.tiles ** 2}"
-        lines.append(f"| {name} | {type(organism).__name__} | {size:,} | {shape} |")
-    return "\n".join(lines)
+        rows.append([name, type(organism).__name__, f"{size:,}", recipe.blocks, recipe.width, recipe.tiles ** 2])
+    return markdown_table(["recipe", "class", "parameters", "blocks", "width", "image tokens"], rows)
 
 # %% ../nbs/10_organisms.ipynb #2385094e
 NESTED = ("mllama", "idefics3", "smolvlm") # families whose processor takes a list of pictures for each text
@@ -939,11 +938,11 @@ def log_table(
     kinds:tuple, # which of its numbers
 ) -> str: # Markdown
     "Entries of a log: stage, step, and the share of right answers of some kinds; empty where a kind was not measured."
-    rows = [["stage", "step", *(kind.replace("_", " / ") for kind in kinds)], ["---"] * (2 + len(kinds))]
+    rows = []
     for entry in entries:
         shares = [f"{entry[kind]:.3f}" if kind in entry else "" for kind in kinds]
         rows.append([entry["stage"], f"{entry['step']:,}", *shares])
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    return markdown_table(["stage", "step", *(kind.replace("_", " / ") for kind in kinds)], rows)
 
 # %% ../nbs/10_organisms.ipynb #b1bc9420
 def plot_learning(ax, log:list):
@@ -979,12 +978,12 @@ def plot_accuracy(
 # %% ../nbs/10_organisms.ipynb #1e55b747
 def language_recipes(recipes:dict) -> str: # Markdown
     "What recipes with a language model train, and in which stages (steps × images)."
-    lines = ["| recipe | family | trained | rank | image tokens | stages |", "|---|---|---|---|---|---|"]
+    rows = []
     for name, r in recipes.items():
         stages = ", ".join(f"{s.name}: {s.steps:,} × {s.batch}" for s in r.stages)
         rank = r.rank if r.trained == "lora" else "-"
-        lines.append(f"| {name} | {r.family} | {r.trained} | {rank} | {r.tiles ** 2} | {stages} |")
-    return "\n".join(lines)
+        rows.append([name, r.family, r.trained, rank, r.tiles ** 2, stages])
+    return markdown_table(["recipe", "family", "trained", "rank", "image tokens", "stages"], rows)
 
 # %% ../nbs/10_organisms.ipynb #2744ff3e
 OPTIONS = (("minutes", float, "cut the schedule to so many"),

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['QUESTIONS', 'KINDS', 'BENCHMARK_KINDS', 'VIDEO_KINDS', 'LEFT_RIGHT', 'ABOVE_BELOW', 'FRONT_BEHIND', 'BEFORE_AFTER',
-           'OPPOSITE', 'Kind', 'questions', 'left_right', 'mirrored']
+           'OPPOSITE', 'Kind', 'questions', 'left_right', 'mirrored', 'answers_right']
 
 # %% ../nbs/lib/questions.ipynb #759a7416
 from dataclasses import dataclass, replace
 
+import numpy as np
 from PIL import ImageOps
 
 from .query import Query
@@ -90,3 +91,11 @@ def mirrored(
 ) -> Query:
     "The same question about the mirror image; a true answer of left or right turns round."
     return replace(query, image=ImageOps.mirror(query.image), truth=OPPOSITE.get(query.truth, query.truth))
+
+# %% ../nbs/lib/questions.ipynb #1d3a5304
+def answers_right(
+    queries:list,
+    beliefs:list, # the model's answers
+) -> np.ndarray: # (B,) bool
+    "Which questions are answered right."
+    return np.array([belief == query.truth for query, belief in zip(queries, beliefs)])

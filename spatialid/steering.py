@@ -5,28 +5,27 @@
 # %% auto #0
 __all__ = ['ARMS', 'DOSES', 'ARM_COLOURS', 'PUBLISHED', 'DOSE_COLUMNS', 'UNREADABLE', 'NEITHER', 'APART', 'EFFECTS', 'KIND_AXES',
            'ALL_CELLS', 'PATH_COLOURS', 'OBJECTS_ON_OBJECTS', 'PAPER_TABLE1', 'CHANCES', 'QuestionSource',
-           'show_question', 'plot_answers', 'answers_right', 'masks_of_kinds', 'steered_answers', 'swapped',
-           'adversarial', 'fig2_edits', 'draws_of_arms', 'readings', 'dose_edits', 'other_doses', 'fig2_dose_edits',
-           'swaps_at_dose', 'dose_readings', 'plot_line', 'zero_line', 'plot_swaps', 'listed_layers', 'plot_bars',
-           'plot_rules', 'plot_dose_readings', 'plot_fig2', 'newcombe', 'moves_by_slot', 'chosen_dose', 'at_dose',
-           'second_noun_ids', 'dose_choices', 'dose_table', 'whole_words', 'mirror_swaps', 'efficiency',
-           'ceiling_numbers', 'plot_dose', 'plot_estimates', 'layers_beside', 'dose_points', 'plot_dose_choice',
-           'wilson_by_layer', 'fig2_claims', 'norm_growth', 'norm_numbers', 'occurrences', 'released_scale',
-           'with_noise', 'largest_only', 'variant_edits', 'swaps_of_variants', 'repeated_words', 'one_spelling',
-           'word_said', 'other_scorings', 'scoring_numbers', 'reworded', 'answers_turned', 'other_prompts',
-           'swaps_of_prompt', 'choice_numbers', 'ranked_choices', 'not_ranked', 'plot_choices', 'same_places',
-           'apart_edits', 'line_edits', 'late_edits', 'share_in_middle', 'push_effect', 'wrong_answers',
-           'example_question', 'plot_fig6a', 'changes_along', 'answer_groups', 'smaller_mean', 'rises',
-           'rightmost_less_leftmost', 'plot_change', 'plot_fig6b', 'across_by_answer', 'same_trend', 'axis_slopes',
-           'off_over_on', 'off_axis_ratios', 'at_layers', 'direction_numbers', 'step_norms', 'plot_a16', 'arranged',
-           'question_about', 'near_far', 'in_between', 'made_questions', 'plot_made', 'relation_pushes',
-           'relation_edits', 'implied_distances', 'relation_changes', 'right_share', 'relation_numbers',
-           'relation_table', 'plot_relation', 'surrounded', 'ring_edits', 'ring_slopes', 'plot_ring', 'scene_place',
-           'movable_questions', 'redrawn', 'towards', 'path_names', 'move_edits', 'path_changes', 'outside_changes',
-           'beyond_steps', 'plot_path', 'AtWord', 'at_word', 'relation_words', 'ids_at_words', 'word_scenes', 'rows_of',
-           'mean_of', 'table1_edits', 'table1_swaps', 'table1_numbers', 'table1_text', 'id_strength', 'fig9_numbers',
-           'pad_figure', 'pad_odds', 'pad_queries', 'pad_scene', 'plot_pad', 'playground', 'claim_or_reason',
-           'fig6a_results', 'fig6b_results']
+           'show_question', 'plot_answers', 'masks_of_kinds', 'steered_answers', 'swapped', 'adversarial', 'fig2_edits',
+           'draws_of_arms', 'readings', 'dose_edits', 'other_doses', 'fig2_dose_edits', 'swaps_at_dose',
+           'dose_readings', 'plot_line', 'zero_line', 'plot_swaps', 'listed_layers', 'plot_bars', 'plot_rules',
+           'plot_dose_readings', 'plot_fig2', 'newcombe', 'moves_by_slot', 'chosen_dose', 'at_dose', 'second_noun_ids',
+           'dose_choices', 'dose_table', 'whole_words', 'mirror_swaps', 'efficiency', 'ceiling_numbers', 'plot_dose',
+           'plot_estimates', 'layers_beside', 'dose_points', 'plot_dose_choice', 'wilson_by_layer', 'fig2_claims',
+           'norm_growth', 'norm_numbers', 'occurrences', 'released_scale', 'with_noise', 'largest_only',
+           'variant_edits', 'swaps_of_variants', 'repeated_words', 'one_spelling', 'word_said', 'other_scorings',
+           'scoring_numbers', 'reworded', 'answers_turned', 'other_prompts', 'swaps_of_prompt', 'choice_numbers',
+           'ranked_choices', 'not_ranked', 'plot_choices', 'same_places', 'apart_edits', 'line_edits', 'late_edits',
+           'share_in_middle', 'push_effect', 'wrong_answers', 'example_question', 'plot_fig6a', 'changes_along',
+           'answer_groups', 'smaller_mean', 'rises', 'rightmost_less_leftmost', 'plot_change', 'plot_fig6b',
+           'across_by_answer', 'same_trend', 'axis_slopes', 'off_over_on', 'off_axis_ratios', 'at_layers',
+           'direction_numbers', 'step_norms', 'plot_a16', 'arranged', 'question_about', 'near_far', 'in_between',
+           'made_questions', 'plot_made', 'relation_pushes', 'relation_edits', 'implied_distances', 'relation_changes',
+           'right_share', 'relation_numbers', 'relation_table', 'plot_relation', 'surrounded', 'ring_edits',
+           'ring_slopes', 'plot_ring', 'scene_place', 'movable_questions', 'redrawn', 'towards', 'path_names',
+           'move_edits', 'path_changes', 'outside_changes', 'beyond_steps', 'plot_path', 'AtWord', 'at_word',
+           'relation_words', 'ids_at_words', 'word_scenes', 'rows_of', 'mean_of', 'table1_edits', 'table1_swaps',
+           'table1_numbers', 'table1_text', 'id_strength', 'fig9_numbers', 'pad_figure', 'pad_odds', 'pad_queries',
+           'pad_scene', 'plot_pad', 'playground', 'claim_or_reason', 'fig6a_results', 'fig6b_results']
 
 # %% ../nbs/04_steering.ipynb #0f513cbf
 import re
@@ -43,7 +42,7 @@ from .extraction import SpatialIDs, extract, orthonormal, stored_ids, subsample
 from .hooks import VLM, scaled
 from .plots import ticks
 from .query import Query
-from .questions import BENCHMARK_KINDS, LEFT_RIGHT, QUESTIONS, questions
+from .questions import BENCHMARK_KINDS, LEFT_RIGHT, QUESTIONS, answers_right, questions
 from .scenes import COLOURS, FreeScenes, GridScenes, Scene, Thing, grid_pairs
 from .stats import as_text, bootstrap, markdown_table, not_judged, number_table, rng, wilson
 from .store import OKABE_ITO, style
@@ -101,13 +100,6 @@ def plot_answers(
     return fig
 
 # %% ../nbs/04_steering.ipynb #145c95bf
-def answers_right(
-    queries:list,
-    beliefs:list, # the model's answers
-) -> np.ndarray: # (B,) bool
-    "Which questions are answered right."
-    return np.array([belief == query.truth for query, belief in zip(queries, beliefs)])
-
 def masks_of_kinds(queries:list) -> dict: # {"left/right questions", "above/below questions": (B,) bool}
     "Which questions are of either kind."
     left_right = np.array([query.kind == "left_right" for query in queries])
@@ -1510,9 +1502,9 @@ def movable_questions(
         query = scene.ask("left_right", rng(source.seed, "question", scene.index))
         if not query: continue
         subject = next(thing for thing in scene.things if thing.name == query.words["subject"])
-        template = kind.template + source.instruction.format(*kind.answers)
         scenes.append(scene)
-        queries.append(Query(scene.image(), template, query.words, kind.answers, query.truth, query.kind))
+        template = kind.wording(source.instruction)
+        queries.append(replace(query, image=scene.image(), template=template, answers=kind.answers))
         places.append([scene_place(subject)])
     return scenes, queries, np.array(places)
 

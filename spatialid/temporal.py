@@ -33,7 +33,7 @@ from .groups import figure4_groups, object_spans, random_words
 from .hooks import VLM
 from .plots import plot_curves
 from .query import Query
-from .questions import BEFORE_AFTER, LEFT_RIGHT
+from .questions import BEFORE_AFTER, LEFT_RIGHT, answers_right
 from .scenes import FreeScenes, Scene
 from .stats import as_text, bootstrap, estimate, resample, rng, wilson, with_interval
 from .plots import ticks
@@ -734,7 +734,7 @@ def answers_from_files(
 ) -> dict: # {"right", "same_answer": {value, low, high, n}}
     "How often answers about videos from files are right, and the same as about those in memory."
     beliefs = vlm.run(through_files(queries)).beliefs
-    right = [belief == query.truth for belief, query in zip(beliefs, queries)]
+    right = answers_right(queries, beliefs)
     same = [belief == answer for belief, answer in zip(beliefs, from_memory)]
     return {"right": wilson(right), "same_answer": wilson(same)}
 

@@ -355,7 +355,7 @@ def test_smooth_codes_are_what_they_say():
     assert np.linalg.matrix_rank(codes[0]) == 3 and np.array_equal(codes, smooth_codes(3, 4000, m=3, rows=2))
     stats = grid_statistics(smooth_codes(3, 2000))
     low, high = np.quantile(stats["grid_score"], [0.05, 0.95])
-    assert np.mean(stats["r2"] > 0.5) > 0.88 and low < 0.15 < high  # .91 of them, ± .006
+    assert np.mean(stats["r2"] > 0.5) > 0.9 and low < 0.15 < high
 
 
 def test_smooth_codes_are_the_same_whatever_eigenvectors_a_machine_finds(monkeypatch):

@@ -270,12 +270,11 @@ def uninterrupted(tmp_path_factory):
     return out
 
 
+@pytest.mark.parametrize("after", [(0, 2), (1, 2)])
 @pytest.mark.slow
-def test_a_killed_run_resumes_bit_identically(tmp_path, uninterrupted):
-    "Killed in the middle of the second stage."
-    after, whole, cut = (1, 2), uninterrupted, tmp_path / "cut"
-    p = _start(cut)
-    stage = TINY.stages[after[0]].name
+def test_a_killed_run_resumes_bit_identically(tmp_path, after, uninterrupted):
+    whole, cut = uninterrupted, tmp_path / "cut"
+    p, stage = _start(cut), TINY.stages[after[0]].name
     for _ in range(4000):
         log = (cut / "log.jsonl").read_text() if (cut / "log.jsonl").exists() else ""
         if any((e["stage"], e["step"]) == (stage, after[1]) for e in map(json.loads, log.splitlines())): break

@@ -10,9 +10,9 @@ from PIL import Image
 
 from spatialid.edits import at_place, permuted_places
 from spatialid.hooks import RULES, scaled
-from spatialid.questions import questions
+from spatialid.questions import answers_right, questions
 from spatialid.sweeps import change, layers_near, slope, swept_layers
-from spatialid.store import read_results
+from spatialid.store import read_results, results_dir
 from spatialid.scenes import between
 from spatialid import steering as st
 from spatialid.benchmarks import Benchmark, write_benchmark
@@ -626,7 +626,7 @@ def test_questions_come_from_scenes_of_an_experiment_or_from_the_benchmark(tmp_p
 
 def test_answers_and_kinds_of_questions(mixed):
     beliefs = [q.truth for q in mixed[:-1]] + ["neither"]
-    assert st.answers_right(mixed, beliefs).tolist() == [True] * 5 + [False]
+    assert answers_right(mixed, beliefs).tolist() == [True] * 5 + [False]
     kinds = st.masks_of_kinds(mixed)
     assert kinds["left/right questions"].tolist() == [True, False] * 3
     assert (kinds["left/right questions"] ^ kinds["above/below questions"]).all()
@@ -693,11 +693,11 @@ def test_ids_of_the_second_noun_are_those_of_the_model(llava, tmp_path, monkeypa
     assert st.second_noun_ids(llava, "llava-tiny", "paper") is None
     second = grid_ids(llava, seed=1)
     second.provenance = {"weight_hash": llava.weight_hash}
-    second.save(st.results_dir("llava-tiny")/"spatial_ids_second.safetensors")
+    second.save(results_dir("llava-tiny")/"spatial_ids_second.safetensors")
     found = st.second_noun_ids(llava, "llava-tiny", "released")
     assert np.allclose(found.table, second.table) and found.protocol == "released"
     second.provenance = {"weight_hash": "other"}
-    second.save(st.results_dir("llava-tiny")/"spatial_ids_second.safetensors")
+    second.save(results_dir("llava-tiny")/"spatial_ids_second.safetensors")
     with pytest.raises(ValueError, match="run notebook 03 again"): st.second_noun_ids(llava, "llava-tiny", "paper")
 
 

@@ -497,13 +497,14 @@ def test_frames_side_by_side():
 
 # --- the notebook
 
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "video_llama_3"])
 @pytest.mark.slow
-def test_the_notebook_runs_for_another_family(tmp_path, monkeypatch):
+def test_the_notebook_runs_for_other_families(family, tmp_path, monkeypatch):
     """Random weights, loaded from a folder as any model: nothing is judged where the model knows nothing.
 
-    LLaVA-OneVision and Qwen2.5-VL are the families of bundled ones."""
-    model, processor = tiny("video_llama_3")
-    folder = tmp_path / "random"
+    LLaVA-OneVision is the bundled one."""
+    model, processor = tiny(family)
+    folder = tmp_path / f"random-{family}"
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     monkeypatch.setenv("SPATIALID_RESULTS", str(tmp_path))
