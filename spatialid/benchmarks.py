@@ -290,6 +290,7 @@ class Benchmark:
         boxes = [annotation["bbox"] for annotation in annotations if single(annotation)]
         return boxes, len(annotations) - len(boxes)
 
+# %% ../nbs/lib/benchmarks.ipynb #b7564fca
 def _lacking(kinds, counts):
     "The kinds of question of which there is none, in words; empty where there are some of each."
     return " and none about ".join(kind.replace("_", "/") for kind in kinds if not counts[kind])

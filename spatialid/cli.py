@@ -221,6 +221,7 @@ def _bundled_lines(name, folder):
     card = "accuracy: " + _card(name) if _card(name) else ""
     return lines + textwrap.wrap(card, 110, initial_indent=indent, subsequent_indent=indent)
 
+# %% ../nbs/lib/cli.ipynb #07316c98
 def _family_lines(families):
     "What `results/families.json` says of each family, and the versions it was made with."
     path = results_root()/"results"/"families.json"

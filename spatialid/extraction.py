@@ -285,7 +285,6 @@ def null_of(
     p = (1 + (draws >= value).sum()) / (1 + len(draws))
     return {"null_mean": float(draws.mean()), "null_high": float(np.quantile(draws, 0.95)), "p": float(p)}
 
-
 def null_of_grid(
     measured:dict, # linear_x, linear_y and grid_score, with the nulls of the two axes
     smooth:np.ndarray, # (n,) grid scores of random smooth codes
@@ -297,6 +296,7 @@ def null_of_grid(
     return {"null_mean": weaker["null_mean"], "null_high": weaker["null_high"], "p": max(one["p"] for one in axes),
             "smooth_mean": found["null_mean"], "smooth_high": found["null_high"], "smooth_p": found["p"]}
 
+# %% ../nbs/03_extraction.ipynb #c74a530c
 @patch
 def statistics(
     self:SpatialIDs,
@@ -339,6 +339,7 @@ def cosine(self:SpatialIDs, layer:int, **options)->dict:
     "Cosine of h and v before orthogonalisation, see `statistics`; its null is of the absolute value."
     return self.statistics(layer, **options)["cosine"]
 
+# %% ../nbs/03_extraction.ipynb #942cb5dd
 @patch
 def linear_r2(self:SpatialIDs, layer:int, **options)->dict:
     "R² of a linear map from (x, y) to the ID, with its null, see `statistics`."
@@ -477,14 +478,12 @@ class SceneIndex:
                 if begin >= start:
                     yield range(begin, min(begin + batch_size, int(last)))
 
-
 def grid_shape(scenes)->tuple[int, int]:
     "Rows and columns of the grid of some scenes: a square that holds all cells, unless their source says otherwise."
     m = 1 + max((max(*s.a_cell, *s.b_cell) for s in scenes), default=-1)
     if m < 2:
         raise ValueError("no scenes to extract from: give GridScenes with at least one pair")
     return getattr(getattr(scenes[0], "source", None), "shape", (m, m))
-
 
 def check_filled(index:SceneIndex):
     "ValueError naming a pair, cell and size of which there is no image."
@@ -496,7 +495,7 @@ def check_filled(index:SceneIndex):
                          f"at size {index.sizes[size]}: every cell needs an image, so use all cells of the object "
                          "and at least two of the reference")
 
-
+# %% ../nbs/03_extraction.ipynb #cf85776b
 def index_scenes(scenes)->SceneIndex:
     """Read the factors of grid scenes.
 
@@ -740,7 +739,7 @@ def accumulate(
                 save()
                 saved = time.monotonic()
 
-
+# %% ../nbs/03_extraction.ipynb #6019fb57
 def extract(
     vlm, # a `VLM`
     scenes, # grid scenes pair by pair: `GridScenes`, or a list of its items
@@ -781,7 +780,7 @@ def extract(
     described = source.describe() if hasattr(source, "describe") else None
     return sums.finish(template, make_provenance(vlm, images=len(scenes), scenes=described, **settings), slot)
 
-
+# %% ../nbs/03_extraction.ipynb #dbf2ef6b
 def stopped(
     done:int, # images
     total:int,
@@ -879,7 +878,6 @@ def choices(
         return every
     return [every[i] for i in sorted(rng(seed, "subsets", n).choice(len(every), limit, replace=False))]
 
-
 def pair_weights(
     pairs:list, # (reference a, object b)
     subsets:list, # of names
@@ -890,7 +888,6 @@ def pair_weights(
         raise ValueError("a subset has no pair of objects: give at least two of the names in each")
     return inside / inside.sum(1, keepdims=True)
 
-
 def subset_cosines(
     one:np.ndarray, # (n, pair) weights
     other:np.ndarray, # (n, pair) or (1, pair)
@@ -900,7 +897,7 @@ def subset_cosines(
     product = lambda a, b: ((a @ gram) * b).sum(-1)  # (cell, n)
     return (product(one, other) / np.sqrt(product(one, one) * product(other, other))).mean(0)
 
-
+# %% ../nbs/03_extraction.ipynb #0d2e9267
 def over_subsets(
     measure, # function of a list of subsets, returning a number for each: (n,)
     names:list, # of the objects
@@ -920,7 +917,6 @@ def over_subsets(
     else:
         without = measure([tuple(other for other in names if other != name) for name in names])
     return {**around([values.mean(), *without], floor), "subsets": len(some)}
-
 
 def disjoint_halves(
     names:list,

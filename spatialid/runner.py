@@ -251,6 +251,7 @@ def _digest(path):
     "SHA-256 of a file, or None without one."
     return sha256_of(path) if path.is_file() else None
 
+# %% ../nbs/11_rerun.ipynb #9f5131a9
 @lru_cache
 def weight_digest(
     model:str, # bundled name, folder or Hub id
@@ -325,6 +326,7 @@ def _places(path, model, quick):
     record = runs_dir(model)/f"{path.stem}{'.quick' * quick}.json"
     return record, results_dir(model).absolute()/("quick" if quick else "")
 
+# %% ../nbs/11_rerun.ipynb #cd3f2d0a
 def is_done(
     path:Path, # a notebook
     model:str, # bundled name, folder or Hub id

@@ -471,6 +471,7 @@ def _ask_existence(kind, scene, things, g):
     name, truth = (things[0].name, "yes") if g.random() < .5 else (absent[g.integers(len(absent))], "no")
     return QUESTIONS[kind].template, dict(subject=name), QUESTIONS[kind].answers, truth, kind
 
+# %% ../nbs/01_data.ipynb #86f9e671
 def _ask_colour(kind, scene, things, g):
     "Which of two colours a thing has; the other one is of another thing where there is one."
     first = things[0]

@@ -116,6 +116,7 @@ def bootstrap(
 
 Z95 = 1.959963984540054  # of the normal distribution: 95 %
 
+# %% ../nbs/lib/stats.ipynb #a5c24108
 def wilson(
     hits, # (n,) of 0 to 1, one for each independent answer
 ) -> Estimate:

@@ -716,6 +716,7 @@ def largest_only(ids:SpatialIDs) -> SpatialIDs:
     fields = {key: value for key, value in vars(ids).items() if key != "weights"}
     return SpatialIDs(**{**fields, "protocol": "released"})
 
+# %% ../nbs/04_steering.ipynb #a092108e
 def variant_edits(
     vlm:VLM,
     ids:SpatialIDs,
@@ -755,6 +756,7 @@ def swaps_of_variants(s) -> dict: # {variant: {arm: (L, B)}}
         found.setdefault(variant, {})[arm] = swapped(s, [name])
     return found
 
+# %% ../nbs/04_steering.ipynb #f657a568
 def repeated_words(
     vlm:VLM,
     queries:list,
@@ -1067,6 +1069,7 @@ def rightmost_less_leftmost(
     "What the rightmost place does to the log-odds of right, less what the leftmost does."
     return odds(change(s, f"{where}x3") - change(s, f"{where}x0"))
 
+# %% ../nbs/04_steering.ipynb #fe9b2ca4
 def plot_change(
     ax,
     values:np.ndarray, # (B, places, 2)
@@ -1160,6 +1163,7 @@ def at_layers(
     "The slopes at the layer of each kind of question."
     return {name: v[layers.index(chosen[name.split(",")[0]])] for name, v in slopes.items()}
 
+# %% ../nbs/04_steering.ipynb #82a5246f
 def direction_numbers(
     sweeps:dict, # {"left/right", "above/below": `Sweep` of `line_edits`}
     chosen:dict, # {kind: layer}
@@ -1522,6 +1526,7 @@ def redrawn(
     truth = query.answers[int(subject.x > other.x)]
     return replace(query, image=replace(scene, things=tuple(things)).image(), truth=truth)
 
+# %% ../nbs/04_steering.ipynb #b2d09318
 def towards(
     places:np.ndarray, # (B, 1, 2)
     column:float,
@@ -1545,6 +1550,7 @@ def move_edits(
     find = moves(ids, towards(places, column), places)
     return {name: ("subject", pushing(find, scale, "raw")) for name, scale in path_names(alpha).items()}
 
+# %% ../nbs/04_steering.ipynb #6f0ec353
 def path_changes(
     vlm:VLM,
     ids:SpatialIDs,
@@ -1583,6 +1589,7 @@ def outside_changes(
     return {name: np.stack([odds(change(s, f"{name}/{column}"))[0] for column in columns], 1)
             for name in path_names(alpha)}
 
+# %% ../nbs/04_steering.ipynb #01eb7084
 def beyond_steps(
     inside:dict, # {name: (B, K)} of `path_changes`
     outside:dict, # {name: (B, 4)} of `outside_changes`, two columns on either side
@@ -1691,6 +1698,7 @@ def mean_of(
 
 OBJECTS_ON_OBJECTS = "object IDs on objects"
 
+# %% ../nbs/04_steering.ipynb #514d90f6
 def table1_edits(
     vlm:VLM,
     ids:SpatialIDs, # read at object words
@@ -1734,6 +1742,7 @@ def table1_numbers(
     most = bootstrap(np.stack([shares[OBJECTS_ON_OBJECTS], *others], 1), margin, seed=seed)
     return chosen, {name: wilson(v) for name, v in shares.items()}, most
 
+# %% ../nbs/04_steering.ipynb #0dc81140
 PAPER_TABLE1 = {"Qwen-3b": (18.77, 51.19, 81.23, 48.46), "Qwen-7b": (6.12, 38.78, 72.35, 47.96),
                 "LLaVA-7b": (29.83, 30.51, 46.26, 26.19), "LLaVA-13b": (8.16, 19.39, 48.30, 15.25)} # percent
 

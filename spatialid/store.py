@@ -83,6 +83,7 @@ def _refused(path, error):
     return OSError(f"cannot write {path}: {error.strerror or error}. Make the folder writable, free some space, "
                    "or set SPATIALID_RESULTS to a folder that can be written")
 
+# %% ../nbs/lib/store.ipynb #0e5607ec
 def write_bytes(
     path:str|Path, # destination; its folder is made if needed
     data, # bytes, or anything with the buffer interface
@@ -122,6 +123,7 @@ def own_results_dir(
     except OSError as e: raise _refused(folder/_MARK, e) from e
     return folder
 
+# %% ../nbs/lib/store.ipynb #a47a9cc6
 def _named(folder, whole, name):
     "The folder of results called `name`; `folder` is the one without a name. ValueError where it cannot have it."
     wanted = folder.parent/name

@@ -409,6 +409,7 @@ def draw_frames(
     ax.set(xlabel="frame in which the object appears", ylabel="coordinate, in frames", xticks=frames)
     ax.legend(fontsize=7, loc="upper left")
 
+# %% ../nbs/08_temporal.ipynb #a18185d0
 def draw_words(
     ax, # matplotlib axes with the frames
     ids:SpatialIDs,
@@ -622,6 +623,7 @@ def without_value(
     "An estimate that could not be made, and the reason if there is one to give."
     return {"value": None, "low": None, "high": None, "n": n, **({"not_judged": why} if why else {})}
 
+# %% ../nbs/08_temporal.ipynb #db8ff316
 def permuted_slopes(
     log_odds:np.ndarray, # (F,) mean change at each frame
     n:int, # orders
@@ -689,6 +691,7 @@ def draw_effects(
     ax.set_title("by layer (noise: size)")
     ax.legend(fontsize=8)
 
+# %% ../nbs/08_temporal.ipynb #7d186e77
 def draw_doses(
     ax, # matplotlib axes
     ids:dict, # {α: {value, low, high}}

@@ -44,7 +44,7 @@ from .wordings import REQUESTS, WORDINGS, caption, reword
 SIZES = (1., 1., .7, .45) # factors of the objects' size, drawn at even odds
 PHOTOGRAPHS = .25 # of the scenes, where there are photographs
 
-
+# %% ../nbs/lib/trainer.ipynb #8bf76e8b
 class LanguageSteps(Steps):
     "The batches of a stage; `plain` is for measuring: scenes and wordings as the organisms have them."
     def __init__(self, processor, recipe:LanguageRecipe, stage, start:int=0, seed:int|None=None,

@@ -106,6 +106,7 @@ def _orders(video, names, g):
     "(subject, object, order) of every pair."
     return [(*pair, _order(video, *pair)) for pair in permutations(names, 2)]
 
+# %% ../nbs/lib/videos.ipynb #fc8b85f5
 def _ends(video, names, g):
     "The thing that appears first, or the one that appears last."
     order = sorted(names, key=video.appears.get)
