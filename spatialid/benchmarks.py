@@ -21,7 +21,7 @@ from matplotlib.patches import Rectangle
 from PIL import Image
 
 from .query import Query
-from .questions import ABOVE_BELOW, BEFORE_AFTER, LEFT_RIGHT, QUESTIONS
+from .questions import BEFORE_AFTER, QUESTIONS
 from .scenes import FreeScenes, open_picture
 from .stats import rng
 from .store import OKABE_ITO, write_json
@@ -137,9 +137,8 @@ class Row:
         return open_picture(self.path)
     def query(self, template:str|None=None) -> Query:
         "The question with its image; `template` marks {subject} and {object}."
-        default = LEFT_RIGHT if self.kind == "left_right" else ABOVE_BELOW
-        words, answers = dict(subject=self.subject, object=self.object), QUESTIONS[self.kind].answers
-        return Query(self.image(), template or default, words, answers, self.truth, self.kind)
+        kind, words = QUESTIONS[self.kind], dict(subject=self.subject, object=self.object)
+        return Query(self.image(), template or kind.template, words, kind.answers, self.truth, self.kind)
     def boxes(self) -> tuple: # subject and object, each [x, y, w, h] in pixels
         "The pair of boxes of exactly these categories that satisfies the relation by the widest margin."
         return self.source.boxes(self)

@@ -355,7 +355,8 @@ def show_prompt(self:VLM,
     per_line:int=105, # width of the panel, characters
 ):
     "Draw the tokens of a prompt as boxes with their positions, groups in colour, the image tokens as one box."
-    tokens, ids = self.tokens(query), self.encode([query])["input_ids"][0]
+    ids = self.encode([query])["input_ids"][0]
+    tokens = self.tokenizer.convert_ids_to_tokens(ids.tolist())
     def places(group): return [row for row in self.resolve_rows(query, group, ids) if row < len(ids)]
     image, colour_of = places("image"), {i: "white" for i in range(len(tokens))}
     for group, colour in colours.items(): colour_of |= dict.fromkeys(places(group), colour)
@@ -529,7 +530,12 @@ def _receivers(self:VLM, layers, picture):
     if layers and stream.everywhere: return dict(enumerate(self.receivers, 1)), stream
     return {layer: self._receiver(layer, picture) for layer in sorted(layers)}, stream
 
-def check_same_length(rows, group, where, remedy):
+def check_same_length(
+    rows:list, # positions of a group in each prompt
+    group,
+    where:str, # the rows are in: "queries", "prompts"
+    remedy:str,
+):
     "Raises ValueError where a group has more tokens in one prompt than in another."
     lengths = [len(each) for each in rows]
     if len({*lengths}) > 1:

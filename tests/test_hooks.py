@@ -389,7 +389,7 @@ def test_the_table_of_families_says_what_is_within_its_limit():
     wrong = {**equal, "check": "capture", "limit": 1e-4, "value": 2e-3, "ok": False}
     table = parity_table([row, equal, wrong], {"torch": "2"})
     assert table.splitlines() == [
-        "| family | capture (≤ 1e-04) | hooks (0) |", "|---|---|---|", "| LLaVA, image | ✓ 3e-06 | – |",
+        "| family | capture (≤ 1e-04) | hooks (0) |", "| --- | --- | --- |", "| LLaVA, image | ✓ 3e-06 | – |",
         "| Qwen2-VL, video | ✗ 2e-03 | ✓ 0 |", "", "torch 2"]
 
 
