@@ -2,7 +2,7 @@
 # each first makes .venv if it is missing or out of date.
 PYTHON ?= python3
 BIN := .venv/bin
-NB := nbs/*.ipynb
+unexport PYTHONDONTWRITEBYTECODE # a kernel, a worker, a test in a process of its own: each would compile everything anew
 
 .PHONY: env reproduce check test docs bench families organisms prepare
 

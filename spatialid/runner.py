@@ -511,6 +511,7 @@ def figures_of(
 
 def _saved_in(code):
     "The names under which `code` calls `save_figure(figure, model, name)`."
+    if "save_figure(" not in code: return []
     try: calls = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call)]
     except SyntaxError: return []
     calls = [call for call in calls if getattr(call.func, "id", "") == "save_figure" and len(call.args) == 3]

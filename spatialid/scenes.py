@@ -17,6 +17,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
+from scipy.ndimage import binary_fill_holes
 
 from .pictures import as_seen, eight_bits
 from .query import Query
@@ -44,9 +45,7 @@ def _glyph(name):
     box = font.getbbox(GLYPHS[name])
     ink = Image.new("L", (box[2] - box[0] + 8, box[3] - box[1] + 8))
     ImageDraw.Draw(ink).text((4 - box[0], 4 - box[1]), GLYPHS[name], font=font, fill=255)
-    outside = ink.point(lambda v: 255 if v > 100 else 0)
-    ImageDraw.floodfill(outside, (0, 0), 128)
-    body = outside.point(lambda v: 0 if v == 128 else 255)
+    body = Image.fromarray(np.uint8(255) * binary_fill_holes(np.asarray(ink) > 100))
     crop = ink.getbbox()
     ink, body = ink.crop(crop), body.crop(crop)
     k = 256 / max(ink.size)

@@ -5,12 +5,14 @@ import zipfile
 from itertools import permutations
 
 import av
+import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 import spatialid.benchmarks
+import spatialid.scenes
 from spatialid.benchmarks import (
     SCENES, Benchmark, MVBench, Questions, draw_boxes, grey_levels_apart, placed, write_benchmark, write_mvbench)
 from spatialid.questions import KINDS
@@ -21,6 +23,20 @@ from spatialid.stats import bootstrap, rng
 from spatialid.videos import Video, Videos, read_video, stamped, write_video
 
 pixels = lambda im: np.asarray(im).astype(int)
+
+
+@pytest.mark.parametrize("name", ["target", "vine", "cow"])
+def test_a_silhouette_is_what_a_flood_from_the_corner_does_not_reach(name):
+    "Pixel by pixel: nests of rings, many pieces, eyes."
+    font = ImageFont.truetype(matplotlib.get_data_path() + "/fonts/ttf/DejaVuSans.ttf", 320)
+    left, top, right, bottom = font.getbbox(spatialid.scenes.GLYPHS[name])
+    ink = Image.new("L", (right - left + 8, bottom - top + 8))
+    ImageDraw.Draw(ink).text((4 - left, 4 - top), spatialid.scenes.GLYPHS[name], font=font, fill=255)
+    flooded = ink.point(lambda v: 255 if v > 100 else 0)
+    ImageDraw.floodfill(flooded, (0, 0), 128)
+    body = flooded.point(lambda v: 0 if v == 128 else 255).crop(ink.getbbox())
+    found = spatialid.scenes._glyph(name)[1]
+    assert np.array_equal(found, body.resize(found.size, Image.Resampling.LANCZOS))
 
 
 @pytest.mark.slow

@@ -247,10 +247,13 @@ def test_labels_cover_the_answers_only():
 
 RUN = """
 import sys, time; sys.path.insert(0, {here!r})
+from dataclasses import replace
 import torch; torch.set_num_threads(1)
 from test_organisms import TINY
-from spatialid.organisms import train
-train("llava-tiny", {out!r}, TINY, every=2)
+from spatialid import organisms
+held_out_stage = organisms.held_out_stage
+organisms.held_out_stage = lambda *given: replace(held_out_stage(*given), batch=4)
+organisms.train("llava-tiny", {out!r}, TINY, every=2)
 """
 
 

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import nbformat
@@ -381,8 +382,12 @@ def test_the_imports_of_a_cell(source, expected):
 
 FEWER = {  # than in a quick run, or where there is none
     "00_sweeps": {"n_scenes": 12, "n_exact": 1},
-    "06_diagnosis": {"quick": True, "n_lesion": 4, "n_inject": 8, "n_repair": 24},
-    "07_finetune": {"n_seeds": 2, "steps": 8, "every": 4, "n_rows": 120, "n_pairs": 60},
+    "02_mirror_swap": {"quick": True, "n_scenes": 12},
+    "04_steering": {"quick": True, "n_scenes": 16, "n_small": 8},
+    "05_depth": {"quick": True, "n_pictures": 6, "n_asked": 16},
+    "06_diagnosis": {"quick": True, "n_questions": 30, "n_masks": 4, "n_lesion": 4, "n_inject": 8, "n_repair": 24},
+    "07_finetune": {"n_rows": 32, "n_pairs": 30},
+    "09_theory": {"quick": True, "n_questions": 12},
     "10_organisms": {"n_scenes": 40},
 }
 ELSEWHERE = ("08_temporal",)  # tests/test_temporal.py runs it on the bundled model, on other families, on files
@@ -392,22 +397,25 @@ LIBRARY = [path for path in NOTEBOOKS if path.parent.name == "lib"]
 STORY = [path for path in NOTEBOOKS if path not in LIBRARY]
 
 
-def outcome_of(path, to): to.put(nbdev_test.test_nb(path)[0])
+FORKED = multiprocessing.get_context("forkserver")
+FORKED.set_forkserver_preload(["nbdev.test", "nbformat", "spatialid.language", "spatialid.runner"])
+
+
+def passes(path, environment):
+    "Whether a notebook runs as `nbdev-test` runs it."
+    os.environ.update(environment)
+    return nbdev_test.test_nb(path)[0]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", LIBRARY, ids=lambda p: p.stem)
 def test_library_notebook_runs(path, tmp_path, monkeypatch):
-    """As `nbdev-test` runs it, in a process that is forked from this one, which has torch already.
+    """In a process forked from one that has imported torch and done nothing with it: its threads survive no fork.
 
     Results go to a temporary folder that starts as a copy of the committed one."""
     copy_results(tmp_path, monkeypatch)
-    fork = multiprocessing.get_context("fork")
-    ended = fork.SimpleQueue()
-    process = fork.Process(target=outcome_of, args=(path, ended))
-    process.start()
-    process.join()
-    assert process.exitcode == 0 and ended.get() is True
+    with ProcessPoolExecutor(1, mp_context=FORKED) as pool:
+        assert pool.submit(passes, path, dict(os.environ)).result()
 
 
 def copy_results(to, monkeypatch):
