@@ -6,13 +6,13 @@
 __all__ = ['QUESTION', 'WORK', 'WAYS', 'NAMES', 'SHAPES', 'TITLES', 'COLOURS', 'CURVES', 'Drawn', 'plain_inputs',
            'plain_forwards', 'grid_for', 'time_extraction', 'peak_bytes', 'extract_and_measure', 'in_a_process',
            'measure_memory', 'mebibytes', 'memory_table', 'machine', 'bench_path', 'stored_numbers', 'nnsight_version',
-           'write_bench', 'extraction_numbers', 'plot_extraction', 'llava_shaped', 'load', 'Work', 'queries',
-           'mirror_work', 'steering_work', 'forward', 'keep', 'overwrite', 'released', 'full_forward', 'nnsight_traces',
-           'ours', 'ways_of', 'clock', 'run_way', 'logit_difference', 'recomputed', 'row_weight', 'forward_equivalents',
-           'counts_table', 'spread', 'take_turns', 'total', 'ratios', 'scaling_error', 'about_work', 'sweep_times',
-           'difference64', 'device_bytes', 'way_and_measure', 'way_memory', 'over_counts', 'growth', 'measure_sweep',
-           'sweep_numbers', 'sweep_table', 'sweep_tables', 'scaling_errors', 'plot_ways', 'plot_growth', 'plot_sweeps',
-           'summary', 'main']
+           'write_bench', 'extraction_numbers', 'plot_extraction', 'cosine_of_ids', 'progressive_numbers',
+           'llava_shaped', 'load', 'Work', 'queries', 'mirror_work', 'steering_work', 'forward', 'keep', 'overwrite',
+           'released', 'full_forward', 'nnsight_traces', 'ours', 'ways_of', 'clock', 'run_way', 'logit_difference',
+           'recomputed', 'row_weight', 'forward_equivalents', 'counts_table', 'spread', 'take_turns', 'total', 'ratios',
+           'scaling_error', 'about_work', 'sweep_times', 'difference64', 'device_bytes', 'way_and_measure',
+           'way_memory', 'over_counts', 'growth', 'measure_sweep', 'sweep_numbers', 'sweep_table', 'sweep_tables',
+           'scaling_errors', 'plot_ways', 'plot_growth', 'plot_sweeps', 'summary', 'main']
 
 # %% ../nbs/12_bench.ipynb #b2728564
 import argparse
@@ -37,12 +37,12 @@ from tqdm import tqdm
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from .edits import add
-from .extraction import TEMPLATE, extract
+from .extraction import TEMPLATE, SpatialIDs, extract, extract_rings, middle_layers
 from .hooks import VLM
 from .query import Query
-from .scenes import GridScenes, grid_pairs
+from .scenes import GridScenes, RingScenes, grid_pairs
 from .stats import bootstrap, rng, as_text
-from .store import OKABE_ITO, provenance, results_root, write_json
+from .store import OKABE_ITO, load_results, provenance, results_dir, results_root, write_json
 from .sweeps import in_float64, sweep
 
 # %% ../nbs/12_bench.ipynb #540639d7
@@ -213,6 +213,35 @@ def plot_extraction(
     by_size.plot(images, before, "o--", label="model loaded")
     by_size.set(ylim=(0, 1.1 * max(peaks)), xlabel="images", ylabel="MiB", title="memory of the process")
     by_size.legend()
+
+# %% ../nbs/12_bench.ipynb #3e888532
+def cosine_of_ids(a:np.ndarray, b:np.ndarray)->float: # each (m, m, d)
+    "Cosine of the IDs of a layer, both about their mean over the cells."
+    a, b = (np.ravel(ids - ids.mean((0, 1))) for ids in (a, b))
+    return float(a @ b / np.sqrt((a @ a) * (b @ b)))
+
+def progressive_numbers(
+    model:str, # with the IDs of notebook 03
+    k:int=6, # objects in a picture
+    most:int=112, # pictures
+)->dict: # forwards, pictures, cosine, reliability, grid_score, reference, layer, seconds, of_the_paper
+    """Packed rings of objects against the stored IDs of the paper's design: how near, and at what price.
+
+    At the layer that notebook 03 chose. FileNotFoundError before it has run."""
+    stored, vlm = SpatialIDs.load(results_dir(model)/"spatial_ids.safetensors"), VLM.load(model)
+    world = stored.provenance["params"]["scenes"]
+    layer = load_results(model, "03_extraction")["layer"]["best"]
+    scenes = RingScenes(sorted(world["objects"]), k, world["sizes"], world["m"], world["px"], world["background"],
+                        world["renders"])
+    began = time.perf_counter()
+    ids = extract_rings(vlm, scenes, layers=middle_layers(vlm.n_layers), most=most)["first"]
+    took, found = time.perf_counter() - began, ids.provenance["params"]
+    cosine = cosine_of_ids(ids.at(layer), stored.at(layer))
+    score = {name: of.statistics(layer)["grid_score"]["value"] for name, of in (("rings", ids), ("stored", stored))}
+    return {"model": model, "forwards": found["passes"], "pictures": found["images"], "seconds": round(took, 1),
+            "layer": layer, "cosine": round(cosine, 5), "reliability": round(found["reliability"], 5),
+            "grid_score": {name: round(float(value), 5) for name, value in score.items()},
+            "reference": {"pictures": stored.provenance["params"]["images"]}, "of_the_paper": found["passes"] / 86400}
 
 # %% ../nbs/12_bench.ipynb #0b7c1a02
 def llava_shaped(
@@ -602,7 +631,7 @@ def _both_models(kind, model, cells, quick):
 
 def sweep_numbers(model:str="llava-tiny", quick:bool=False, progress:bool=True)->dict:
     "What goes into `results/bench.json` about sweeps."
-    shapes, rounds = ([(64, 4), (144, 4), (144, 2)], 1) if quick else (SHAPES, 3)
+    shapes, rounds = ([(64, 2), (144, 4), (144, 2)], 1) if quick else (SHAPES, 3)
     numbers = {}
     for kind, cells in (("mirror", None), ("steering", 32)):
         both = _both_models(kind, model, cells, quick)

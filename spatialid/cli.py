@@ -10,7 +10,7 @@ import argparse, json, os, re, signal, subprocess, sys, textwrap
 from math import prod
 from pathlib import Path
 
-from .claims import claims, claims_markdown, claims_text
+from .claims import claim_text, claims, claims_markdown, claims_text, register
 from .registry import FLAGSHIP, HUB, bundled
 from .runner import (
     SHORT, RunError, UsageError, check_benchmark, check_model, declared, experiments, find_notebook, medium_of,
@@ -33,8 +33,9 @@ def _parser():
         return commands.add_parser(name, help=help, description=help + ".", epilog=f"example: {example}")
     _add_run(add)
     _add_reproduce(add)
-    claims = add("claims", "Compare the results with the paper's claims", "spatialid claims --model llava-tiny --json")
-    claims.add_argument("--model", default="llava-tiny", help="whose results (default: %(default)s)")
+    claims = add("claims", "Compare the results with the paper's claims", "spatialid claims fig2.id --model llava-tiny")
+    claims.add_argument("id", nargs="?", help="one claim: all about it (default: a table of all)")
+    claims.add_argument("--model", default=FLAGSHIP, help="whose results (default: %(default)s)")
     form = claims.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="a list of objects for programs")
     form.add_argument("--markdown", action="store_true", help="a Markdown table")
@@ -76,7 +77,7 @@ def _add_benchmark(add):
         benchmark.add_argument(f"--{name}", type=int, default=value, help=f"{what} (default: %(default)s)")
 
 # %% ../nbs/lib/cli.ipynb #d7a77427
-JSON_KEYS = ("id", "source", "paper", "ours", "low", "high", "n", "model", "protocol", "status")
+JSON_KEYS = ("id", "source", "paper", "value", "low", "high", "n", "model", "protocol", "verdict", "why")
 
 def _run(args):
     "`spatialid run`: every mistake is found before the notebook starts."
@@ -115,9 +116,12 @@ def _claims(args):
     if not folder.is_dir():
         raise UsageError(f"no results of {args.model!r}: there is no {folder}. Run `spatialid reproduce --models "
                          f"{args.model}` first, or this command inside the checkout that has them")
+    if args.id: rows = [row for row in rows if row["id"] == args.id]
+    if not rows: raise UsageError(f"no claim {args.id!r}; there are {', '.join(register())}")
     short = [{key: row[key] for key in JSON_KEYS} for row in rows]
     if args.json: print(json.dumps(short, indent=1, ensure_ascii=False))
-    else: print(claims_markdown(rows) if args.markdown else claims_text(rows))
+    elif args.markdown: print(claims_markdown(rows))
+    else: print(claim_text(rows[0]) if args.id else claims_text(rows))
 
 def _wanted(args):
     "The models that `spatialid reproduce` is to run, and those in short."

@@ -283,7 +283,7 @@ def resolve_rows(self:VLM,
     if group == "all": return list(range(len(ids)))
     if group == "last": return [len(ids) - 1]
     if group in ("image", "video", "text"): return self._seen_rows(query, group, ids)
-    return [len(ids) + row for row in self._word_rows(query, group)]
+    return [len(ids) + row for row in self.word_rows(query, group)]
 
 def _text_of(query): return query.text if query else "a prompt"
 
@@ -304,7 +304,7 @@ def _seen_rows(self:VLM, query, group, ids):
     return list(range(int(ids[0] == self.tokenizer.bos_token_id), len(ids)))
 
 @patch
-def _word_rows(self:VLM, query, group):
+def word_rows(self:VLM, query, group):
     "Rows of marked words or answers, counted from the end. Raises ValueError for a group that the query does not have."
     if query is None:
         raise ValueError(f"a call of the model does not say where the group {group!r} is: "
@@ -579,6 +579,20 @@ def _forward(self:VLM, batch, queries, hooks):
         self._turn.here.queries = before
         for handle in handles: handle.remove()
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+@patch
+def keep_rows(self:VLM,
+    batch, # what the model takes, made by `encode` or otherwise
+    rows:torch.Tensor, # (B, P) rows of each sequence, padding included
+    layers, # 1 to N
+) -> dict: # {layer: (B, P, d)}
+    "One pass over a batch, with no edits, that keeps rows of the residual stream. ValueError for an unknown layer."
+    layers, kept = self.check_layers(layers), {}
+    receivers, stream = self._receivers({*layers}, "pixel_values" in batch)
+    hooks = [(module, _hook(rows if layer in layers else None, (), kept, layer, stream))
+             for layer, module in receivers.items()]
+    with self._alone(): self._forward(batch, [], hooks)
+    return kept
 
 # %% ../nbs/00_hooks.ipynb #caa7570e
 @patch

@@ -7,9 +7,9 @@ __all__ = ['RULES', 'ARMS', 'READINGS', 'checkpoints', 'weights_of', 'restored',
            'stored', 'in_percent', 'models_table', 'plot_fig2', 'over_models', 'fig2_over_models', 'fig2_table',
            'choice_changes', 'largest_choices', 'choices_table', 'table_1', 'Point', 'measured_twice', 'points_of',
            'rank_correlation', 'correlations', 'correlations_within', 'correlations_on_cards', 'plot_fig9',
-           'correlations_table', 'twice_table', 'grid_scores', 'claims_by_model', 'claims_table', 'diagnosed',
-           'diagnosis_table', 'repair_table', 'repair_gains', 'repairs_above_zero', 'models_claims', 'points_record',
-           'main']
+           'correlations_table', 'twice_table', 'grid_scores', 'plot_headline', 'claims_by_model', 'claims_table',
+           'diagnosed', 'diagnosis_table', 'repair_table', 'repair_gains', 'repairs_above_zero', 'models_claims',
+           'points_record', 'main']
 
 # %% ../nbs/13_models.ipynb #9b680e48
 import argparse
@@ -22,16 +22,17 @@ import numpy as np
 from safetensors.torch import load_file
 from scipy.stats import rankdata
 
-from .claims import MARKS, claims as claims_of, own_claims
-from .extraction import extract, subsample
+from .claims import VERDICTS, claims as claims_of, own_claims
+from .extraction import SpatialIDs, extract, plot_ids, subsample
 from .hooks import VLM
 from .organisms import RECIPES, build, training_log
+from .plots import dot, frame
 from .questions import questions
 from .registry import BUNDLED, bundled
 from .scenes import FreeScenes, GridScenes, grid_pairs
 from .stats import as_text, bootstrap, markdown_table, not_judged, number_table, rng
-from .steering import adversarial, fig9_numbers, plot_bars
-from .store import OKABE_ITO, provenance, read_results, results_dir, results_root, write_json
+from .steering import ARM_COLOURS, adversarial, fig9_numbers, plot_bars
+from .store import OKABE_ITO, load_results, provenance, read_results, results_dir, results_root, write_json
 from .sweeps import sweep
 
 # %% ../nbs/13_models.ipynb #0a2ad2d1
@@ -308,8 +309,9 @@ def rank_correlation(
     x, y, # numbers of the same points
     seed:int=0, # of bootstrap and permutations
     n:int=1000, # resamples
-) -> dict: # value, low, high, n, p
-    """Spearman's rank correlation with a bootstrap interval over points and a two-sided permutation p.
+    runs:list|None=None, # the training run of each point; None: each is a run
+) -> dict: # value, low, high, n (runs), points; p where each point is a run
+    """Spearman's rank correlation with a bootstrap interval over training runs and a two-sided permutation p.
 
     A resample without any spread counts as 0. ValueError for fewer than 3 points."""
     pairs = np.column_stack([x, y]).astype(float)
@@ -317,10 +319,14 @@ def rank_correlation(
         raise ValueError(f"a correlation of {len(pairs)} points says nothing: "
                          "run more models, or `trace` a training run")
     def rho(v): return 0.0 if min(np.ptp(v, axis=0)) == 0 else float(np.corrcoef(rankdata(v, axis=0).T)[0, 1])
-    correlation, g = bootstrap(pairs, rho, n, seed), rng(seed, "permuted points", len(pairs))
+    number = np.unique(runs or range(len(pairs)), return_inverse=True)[1]
+    of_run = [pairs[number == k] for k in range(number.max() + 1)]
+    def resampled(some): return rho(np.concatenate([of_run[int(k)] for k in some]))
+    correlation = {**bootstrap(np.arange(len(of_run)), resampled, n, seed), "points": len(pairs)}
+    if len(of_run) < len(pairs): return correlation
+    g = rng(seed, "permuted points", len(pairs))
     null = [rho(np.column_stack([pairs[:, 0], g.permutation(pairs[:, 1])])) for _ in range(n)]
-    as_large = np.sum(np.abs(null) >= abs(correlation["value"]))
-    return {**correlation, "p": float((1 + as_large) / (1 + n))}
+    return {**correlation, "p": float((1 + np.sum(np.abs(null) >= abs(correlation["value"]))) / (1 + n))}
 
 # %% ../nbs/13_models.ipynb #d66b9650
 def correlations(
@@ -329,8 +335,9 @@ def correlations(
 ) -> dict: # {reading: {value, low, high, n, p}}; empty for fewer than 3 points
     "Rank correlation of every reading with accuracy."
     if len(points) < 3: return {}
-    accuracy = [p.accuracy for p in points]
-    return {name: rank_correlation([p.reading(name) for p in points], accuracy, seed) for name in READINGS}
+    accuracy, runs = ([getattr(p, key) for p in points] for key in ("accuracy", "run"))
+    if len({*runs}) == 1: runs = None # within a run its checkpoints are resampled
+    return {name: rank_correlation([p.reading(name) for p in points], accuracy, seed, runs=runs) for name in READINGS}
 
 def correlations_within(
     points:list, # of `Point`
@@ -384,13 +391,15 @@ def plot_fig9(
 
 # %% ../nbs/13_models.ipynb #1f14101b
 def correlations_table(rows:dict) -> str: # {what: of `correlations`}
-    "Rank correlations of every reading with accuracy, with n and p, in Markdown."
+    "Rank correlations of every reading with accuracy, with n and, where each point is a run, p, in Markdown."
     texts = []
     for what, by_reading in rows.items():
         if not by_reading: continue
-        numbers = [f"{as_text(rho)}, p = {rho['p']:.3f}" for rho in by_reading.values()]
-        texts.append([what, by_reading["steerability"]["n"], *numbers])
-    return markdown_table(["points", "n", *READINGS.values()], texts) if texts else "Too few models for a correlation."
+        numbers = [as_text(rho) + (f", p = {rho['p']:.3f}" if "p" in rho else "") for rho in by_reading.values()]
+        first = by_reading["steerability"]
+        texts.append([what, first["points"], first["n"], *numbers])
+    if not texts: return "Too few models for a correlation."
+    return markdown_table(["", "points", "n", *READINGS.values()], texts)
 
 # %% ../nbs/13_models.ipynb #897bc92c
 def twice_table(
@@ -416,6 +425,53 @@ def grid_scores() -> tuple: # {model: {value, low, high, n}}, the same in Markdo
         rows.append([name, of["layer"]["best"], score, as_text(over_null[name], 3), over_null[name]["n"]])
     return over_null, markdown_table(["model", "layer", "grid score", "less its null", "n objects"], rows)
 
+# %% ../nbs/13_models.ipynb #8b554287
+def _draw_band(ax, found):
+    "Belief shift by layer of image, object words and last token (Fig. 4A), from the results of notebook 02."
+    layers, curves = np.array(found["layers"]), found["fig4a"]["curves"]
+    for name, colour in (("image", OKABE_ITO[0]), ("objects", OKABE_ITO[2]), ("last token", OKABE_ITO[7])):
+        ax.plot(layers, curves[name]["value"], marker="o", markersize=dot(layers), color=colour, label=name)
+        ax.fill_between(layers, curves[name]["low"], curves[name]["high"], color=colour, alpha=0.18, linewidth=0)
+    frame(ax, layers)
+    n = curves["image"]["n"]
+    ax.set(ylabel="belief shift", title=f"Who decides, by layer ({n} pairs of pictures)")
+    ax.legend(fontsize=8, loc="center left")
+
+def _draw_grid(ax, ids, layer, n):
+    "The IDs of a layer, means over n objects, on their axes (Fig. 5)."
+    plot_ids(ax, ids.project(ids.at(layer), layer), size=120)
+    ax.set(xlabel="coefficient on h: further right →", ylabel="← coefficient on v: further down",
+           title=f"IDs at layer {layer} ({n} objects)")
+
+def _draw_dose(ax, dose):
+    "Share of swapped beliefs by dose at the chosen layer (Fig. 2), from the results of notebook 04."
+    k, alphas = dose["layers"].index(dose["chosen"]["layer"]), dose["alphas"]
+    for arm in ("ID", "noise", "permuted places"):
+        by_alpha = [dose["by_alpha"][str(alpha)][arm][k] for alpha in alphas]
+        value, low, high = ([one[key] for one in by_alpha] for key in ("value", "low", "high"))
+        ax.plot(alphas, value, marker="o", markersize=4, color=ARM_COLOURS[arm], label=arm)
+        ax.fill_between(alphas, low, high, color=ARM_COLOURS[arm], alpha=0.15, linewidth=0)
+    ceiling = dose["ceiling"]["best layer, chosen on half"]["whole words"]["value"]
+    ax.axhline(ceiling, color="0.3", linestyle="--", linewidth=1, label="ceiling (left/right)")
+    ax.set(xscale="log", ylim=(-0.03, 1.05), xlabel="dose α", ylabel="beliefs swapped",
+           title=f"Steered at layer {dose['chosen']['layer']} ({dose['chosen']['ID']['n']} questions)")
+    ax.set_xticks(alphas, [f"{alpha:g}".lstrip("0") for alpha in alphas])
+    ax.minorticks_off()
+    ax.legend(fontsize=8, loc=(0.5, 0.55))
+
+def plot_headline(
+    fig, # matplotlib figure
+    model:str, # with results of notebooks 02, 03 and 04
+):
+    "Band, grid and dose of a model in one row, with 95 % intervals. FileNotFoundError before the notebooks have run."
+    band, of_ids, steering = (load_results(model, name) for name in ("02_mirror_swap", "03_extraction", "04_steering"))
+    ids = SpatialIDs.load(results_dir(model)/"spatial_ids.safetensors")
+    left, middle, right = fig.subplots(1, 3, width_ratios=(1.25, 1, 1.1))
+    _draw_band(left, band)
+    layer = of_ids["layer"]
+    _draw_grid(middle, ids, layer["best"], len(layer["chosen_on"]) + len(layer["reported_on"]))
+    _draw_dose(right, steering["dose"])
+
 # %% ../nbs/13_models.ipynb #f22c5a13
 def claims_by_model() -> dict: # {model: {claim: row of `claims`}}
     "The claims that were measured on each finished bundled model itself."
@@ -426,9 +482,9 @@ def claims_by_model() -> dict: # {model: {claim: row of `claims`}}
 def claims_table(by_model:dict) -> str: # of `claims_by_model`
     "Verdict and number of every claim for every model, in Markdown."
     names = [c["id"] for c in claims_of("models") if any(c["id"] in of for of in by_model.values())]
-    mark = lambda row: f"{MARKS[row['status']]} {row['ours']:.3g}" if row else ""
+    mark = lambda row: f"{VERDICTS[row['verdict']]} {row['value']:.3g}" if row else ""
     rows = [[name, *(mark(of.get(name)) for of in by_model.values())] for name in names]
-    held = [sum(row["status"] == "holds" for row in of.values()) for of in by_model.values()]
+    held = [sum(row["verdict"] == "holds" for row in of.values()) for of in by_model.values()]
     rows.append(["**hold**", *(f"**{n} of {len(of)}**" for n, of in zip(held, by_model.values()))])
     return markdown_table(["claim", *by_model], rows)
 

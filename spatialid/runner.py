@@ -533,8 +533,8 @@ def _card_of(card):
 def _claims_on(name):
     "A model's claims, and which could not be judged on it."
     rows = [row for row in claims(name) if row["model"] == name]
-    judged = [row for row in rows if row["ours"] is not None]
-    silent = [f"{row['id']} ({row['reason']})" for row in rows if row["status"] == "not judged"]
+    judged = [row for row in rows if row["value"] is not None]
+    silent = [f"{row['id']} ({row['why']})" for row in rows if row["verdict"] == "not judged"]
     parts = ["## Claims", claims_markdown(judged)] if judged else []
     return parts + ([f"Not judged on this model: {'; '.join(silent)}."] if silent else [])
 

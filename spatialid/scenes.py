@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['GLYPHS', 'OBJECTS', 'COLOURS', 'MARGIN', 'PLACES', 'TIMES', 'Objects', 'own_colour', 'open_picture', 'paste', 'sheet',
-           'noise_background', 'background', 'grid_pairs', 'GridScene', 'GridScenes', 'Thing', 'relation', 'between',
-           'place', 'Scene', 'balanced', 'question_texts', 'FreeScenes', 'asked_of', 'height_and_depth']
+           'noise_background', 'background', 'grid_pairs', 'GridScene', 'GridScenes', 'RingScene', 'RingScenes',
+           'Thing', 'relation', 'between', 'place', 'Scene', 'balanced', 'question_texts', 'FreeScenes', 'asked_of',
+           'height_and_depth']
 
 # %% ../nbs/01_data.ipynb #3c66032d
 import math
@@ -280,6 +281,86 @@ class GridScenes:
         return dict(pairs=len(self.pairs), objects=self._names(), sizes=list(self.sizes), m=self.m, px=self.px,
                     background=str(self.background), renders=self.objects.folder and str(self.objects.folder),
                     seed=self.seed)
+
+# %% ../nbs/01_data.ipynb #ab2ea7b1
+@dataclass(frozen=True)
+class RingScene:
+    "One picture of k objects in cells (x, y), each asked about with the next; the last with the first."
+    names: tuple
+    cells: tuple
+    sizes: tuple # long sides, in pixels of a canvas whose cells are 224
+    index: int
+    source: object = field(repr=False)
+
+    def image(self) -> Image.Image:
+        "The picture, RGB, px × px."
+        s = self.source
+        canvas, cell = background(s.background, s.px, rng(s.seed, "ring picture", self.index)), s.px / s.m
+        for name, (x, y), size in zip(self.names, self.cells, self.sizes):
+            side = max(2, round(size / 224 * cell))
+            paste(canvas, s.objects.sprite(name, side), (x + .5) * cell, (y + .5) * cell)
+        return Image.fromarray(canvas.astype(np.uint8))
+
+    def queries(self, template:str=LEFT_RIGHT, # must mark {subject} and {object}
+                ) -> list: # of k queries about one picture
+        "The question about each object and the next."
+        picture, partners = self.image(), (*self.names[1:], self.names[0])
+        return [Query(picture, template, dict(subject=a, object=b)) for a, b in zip(self.names, partners)]
+
+
+class RingScenes:
+    """Pictures of k objects each, in rounds that are balanced: every object in every cell once, partners at random.
+
+    A sequence without end: picture i is always the same one. ValueError where k does not divide the objects, and for
+    more objects than cells."""
+    def __init__(self,
+                 names:list, # objects
+                 k:int=5, # objects in a picture, at least 2
+                 sizes:tuple=(74, 124, 174, 224), # long sides; in as many rounds each object is in each cell at each
+                 m:int=4, # cells a side
+                 px:int=80, # side of the image, pixels; 896 for large models
+                 background:str|Path="noise", # "noise", "black" or a folder of photographs
+                 objects:str|Path|None=None, # folder of RGBA renders; None for the glyphs
+                 seed:int=0):
+        self.names, self.k, self.sizes = list(names), k, tuple(sizes)
+        self.m, self.px, self.background, self.objects, self.seed = m, px, background, Objects(objects), seed
+        if k < 2 or not self.names or len(self.names) % k or len(self.names) > m**2:
+            raise ValueError(f"{len(self.names)} objects cannot be shown {k} at a time in {m**2} cells: give at most "
+                             f"{m**2} objects, a multiple of k, and k of at least 2")
+        for name in self.names: self.objects.sprite(name, 8)
+
+    @property
+    def round(self) -> int:
+        "Pictures of a round."
+        return len(self.names) * self.m**2 // self.k
+
+    def _layout(self, number):
+        "What a round shows: (picture, object of the picture) arrays of object, cell and size."
+        g, n, cells = rng(self.seed, "ring", number), len(self.names), self.m**2
+        start = g.permutation(cells)[:n] # of each object: different ones, so that no two meet in a cell
+        cell = g.permutation(cells)[(np.arange(cells)[:, None] + start) % cells]
+        size = self._sizes_of(number)
+        size = np.take_along_axis(size, cell, 0)
+        order = np.stack([g.permutation(n) for _ in range(cells)])
+        arrays = (order, np.take_along_axis(cell, order, 1), np.take_along_axis(size, order, 1))
+        pictures = g.permutation(self.round)
+        return tuple(array.reshape(-1, self.k)[pictures] for array in arrays)
+
+    def _sizes_of(self, number):
+        "Size (cell, object) in a round: balanced in each cell and for each object, and all of them in as many rounds."
+        block, shift = divmod(number, len(self.sizes))
+        g, n, cells = rng(self.seed, "ring sizes", block), len(self.names), self.m**2
+        return (g.permutation(cells)[:, None] + g.permutation(n) + shift) % len(self.sizes)
+
+    def __getitem__(self, i:int) -> RingScene:
+        which, cell, size = (array[i % self.round].tolist() for array in self._layout(i // self.round))
+        return RingScene(tuple(self.names[o] for o in which), tuple((c % self.m, c // self.m) for c in cell),
+                         tuple(self.sizes[s] for s in size), i, self)
+
+    def describe(self) -> dict:
+        "What determines every image, for provenance."
+        return dict(names=self.names, k=self.k, sizes=list(self.sizes), m=self.m, px=self.px, seed=self.seed,
+                    background=str(self.background), renders=self.objects.folder and str(self.objects.folder))
 
 # %% ../nbs/01_data.ipynb #49b04826
 @dataclass(frozen=True)

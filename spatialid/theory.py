@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LEARNED', 'ROTARY', 'PLANTED', 'FORMS', 'PAPER_TABLE_2', 'LAYER_FORMS', 'SHOWN', 'SOURCES', 'LADDER', 'GRID_CELLS',
-           'WHY', 'NO_TABLE', 'CLAIMS', 'cell_overlap', 'pooled', 'directions', 'low_rank', 'left_out', 'cell_places',
+           'WHY', 'NO_TABLE', 'cell_overlap', 'pooled', 'directions', 'low_rank', 'left_out', 'cell_places',
            'permuted_cells', 'null_statistics', 'explained', 'square', 'encodings', 'rotary_index', 'Tiles',
            'TileScenes', 'Planted', 'plant', 'planted_r2', 'logit_change', 'eq8_check', 'plot_planted', 'chosen_layer',
            'ring_of', 'plane', 'linear_encoding', 'null_table', 'with_null', 'components', 'plot_a21', 'table_2',
@@ -17,7 +17,7 @@ __all__ = ['LEARNED', 'ROTARY', 'PLANTED', 'FORMS', 'PAPER_TABLE_2', 'LAYER_FORM
            'Pushed', 'push_edits', 'push_everywhere', 'read_out', 'r_squared', 'every_direction', 'id_steps',
            'of_other_questions', 'Judge', 'read_outs', 'plain_read_outs', 'read_outs_by_layer', 'plot_read_out',
            'line_of', 'why', 'main', 'stored_runs', 'supervision_effects', 'runs_table', 'plot_why', 'toy', 'toy_r2',
-           'table_2_claims', 'encoding_claim', 'read_out_claim', 'verdicts']
+           'table_2_claims', 'encoding_claim', 'read_out_claim']
 
 # %% ../nbs/09_theory.ipynb #0dd24c71
 import argparse
@@ -34,7 +34,6 @@ from PIL import Image
 from torch.nn.functional import pad
 from transformers import LlavaForConditionalGeneration
 
-from .claims import report
 from .edits import add, at_place, moves, pushing
 from spatialid.extraction import (
     IDAccumulator, SpatialIDs, cell_colour, extract, grid_statistics, index_scenes, orthonormal, plot_ids,
@@ -1733,11 +1732,3 @@ def read_out_claim(
     "Eq. 8: the read-out in all directions; not judged of a model that answers at chance."
     if right > 0.5: return readout["all 15 directions"]
     return not_judged(f"the model answers {right:.0%} of the questions right", n_objects)
-
-# %% ../nbs/09_theory.ipynb #25f2858a
-CLAIMS = ("table2.llava1.5.rank2", "table2.llava1.5.rank3", "table2.llama3.2vl.rank2", "table2.llama3.2vl.rank3",
-          "table2.qwen2.5vl.rank2", "table2.qwen2.5vl.rank3", "eq7.rank3", "a21.pe", "eq8.readout")
-
-def verdicts(claims:dict)->str: # the `claims` of this notebook
-    "The claims of this notebook with number and verdict, as a table in Markdown."
-    return markdown_table(["claim", "number and verdict"], [[name, report(name, claims)] for name in CLAIMS])

@@ -62,7 +62,7 @@ LAYERS = (
     {"query", "pictures", "registry", "stats", "processes"},
     {"store", "adapters", "families", "questions"},
     {"hooks", "claims", "replay", "groups", "plots"},
-    {"sweeps", "edits", "scenes"},
+    {"sweeps", "edits", "scenes", "packing"},
     {"videos", "wordings", "extraction"},
     {"benchmarks"},
     {"organisms", "language", "trainer", "cards"},  # how models are made: one level, they call each other

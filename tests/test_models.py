@@ -120,6 +120,17 @@ def test_rank_correlation_is_spearmans():
     assert rank_correlation([1, 2, 3, 4], [1, 1, 1, 1])["value"] == 0
 
 
+def test_points_of_one_run_are_resampled_together():
+    "Ten points a run that hardly differ within it: as wide as the interval of the runs, wider than that of the points."
+    g = np.random.default_rng(1)
+    x, y = g.standard_normal((2, 8)).repeat(10, 1) + 1e-3 * g.standard_normal((2, 80))
+    width = lambda one: one["high"] - one["low"]
+    clustered = rank_correlation(x, y, runs=list(np.arange(8).repeat(10)))
+    points, runs = rank_correlation(x, y), rank_correlation(x[::10], y[::10])
+    assert (clustered["n"], clustered["points"]) == (8, 80) and clustered["value"] == points["value"]
+    assert width(clustered) > 2 * width(points) and abs(width(clustered) - width(runs)) < .4
+
+
 def test_a_video_organism_is_no_point_of_fig9(tmp_path):
     with pytest.raises(ValueError, match="onevision-tiny watches videos"): checkpoints("onevision-tiny", tmp_path)
 
@@ -220,12 +231,13 @@ def test_a_checkpoint_that_is_a_bundled_model_is_one_point(traced):
 def test_correlations_are_of_all_points_and_within_runs(traced):
     points = models.points_of(*traced)
     rho = models.correlations(points)
-    assert list(rho) == list(models.READINGS) and rho["steerability"]["n"] == 5
+    assert list(rho) == list(models.READINGS) and "p" not in rho["steerability"]
+    assert (rho["steerability"]["points"], rho["steerability"]["n"]) == (5, 2), "checkpoints of a run are one unit"
     assert models.correlations(points[:2]) == {}
     within = models.correlations_within(points, least=4)
     assert list(within) == ["small"] and within["small"]["steerability"]["value"] == 1
     text = models.correlations_table({"all": rho, "cards": {}, **within})
-    assert text.count("\n") == 3 and "| small | 4 | 1.00 [" in text
+    assert text.count("\n") == 3 and "| small | 4 | 4 | 1.00 [" in text
     assert models.correlations_table({"all": {}}) == "Too few models for a correlation."
     assert models.correlations_on_cards(traced[0], {}) == {}
 
@@ -260,8 +272,8 @@ def test_grid_scores_leave_out_what_is_no_grid(tmp_path, monkeypatch):
 
 def test_claims_of_every_model(monkeypatch):
     monkeypatch.setattr(models, "claims_of", lambda model: [{"id": "one"}, {"id": "two"}, {"id": "none"}])
-    row = lambda status: {"status": status, "ours": 0.1234}
-    text = models.claims_table({"a": {"one": row("holds")}, "b": {"one": row("does not hold"), "two": row("holds")}})
+    row = lambda verdict: {"verdict": verdict, "value": 0.1234}
+    text = models.claims_table({"a": {"one": row("holds")}, "b": {"one": row("fails"), "two": row("holds")}})
     assert text.splitlines()[2:] == ["| one | ✓ 0.123 | ✗ 0.123 |", "| two |  | ✓ 0.123 |",
                                      "| **hold** | **1 of 1** | **1 of 2** |"]
 

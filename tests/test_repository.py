@@ -14,6 +14,8 @@ from pathlib import Path
 import nbformat
 import pytest
 from nbdev import test as nbdev_test
+from papermill.iorw import load_notebook_node
+from papermill.parameterize import parameterize_notebook
 
 import check_site
 import make_docs
@@ -385,8 +387,8 @@ FEWER = {  # than in a quick run, or where there is none
     "02_mirror_swap": {"quick": True, "n_scenes": 12},
     "04_steering": {"quick": True, "n_scenes": 16, "n_small": 8},
     "05_depth": {"quick": True, "n_pictures": 6, "n_asked": 16},
-    "06_diagnosis": {"quick": True, "n_questions": 30, "n_masks": 4, "n_lesion": 4, "n_inject": 8, "n_repair": 24},
-    "07_finetune": {"n_rows": 32, "n_pairs": 30},
+    "06_diagnosis": {"quick": True, "n_questions": 48, "n_masks": 4, "n_lesion": 4, "n_inject": 8, "n_repair": 24},
+    "07_finetune": {"n_rows": 32, "n_pairs": 30, "steps": 4, "every": 2},
     "09_theory": {"quick": True, "n_questions": 12},
     "10_organisms": {"n_scenes": 40},
 }
@@ -407,15 +409,17 @@ def passes(path, environment):
     return nbdev_test.test_nb(path)[0]
 
 
+def check_passes(path):
+    "Runs a notebook in a process forked from one that has imported torch and done nothing: threads survive no fork."
+    with ProcessPoolExecutor(1, mp_context=FORKED) as pool:
+        assert pool.submit(passes, path, dict(os.environ)).result()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("path", LIBRARY, ids=lambda p: p.stem)
 def test_library_notebook_runs(path, tmp_path, monkeypatch):
-    """In a process forked from one that has imported torch and done nothing with it: its threads survive no fork.
-
-    Results go to a temporary folder that starts as a copy of the committed one."""
     copy_results(tmp_path, monkeypatch)
-    with ProcessPoolExecutor(1, mp_context=FORKED) as pool:
-        assert pool.submit(passes, path, dict(os.environ)).result()
+    check_passes(path)
 
 
 def copy_results(to, monkeypatch):
@@ -428,8 +432,13 @@ def copy_results(to, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("path", [p for p in STORY if p.stem not in ELSEWHERE], ids=lambda p: p.stem)
 def test_notebook_runs(path, tmp_path, monkeypatch):
-    "In a kernel of its own, on the bundled model, from top to bottom."
-    from spatialid import runner
+    "On the bundled model, from top to bottom; with the parameters that papermill would give it."
+    from spatialid.runner import parameters_of
     copy_results(tmp_path, monkeypatch)
-    quick = {"quick": True} if "quick" in runner.parameters_of(path) else {}
-    runner.run_notebook(path, **FEWER.get(path.stem, quick))
+    params = FEWER.get(path.stem, {"quick": True} if "quick" in parameters_of(path) else {})
+    nb = load_notebook_node(str(path))
+    if params: nb = parameterize_notebook(nb, params, kernel_name="python3", language="python")
+    nbformat.write(nb, tmp_path/path.name)
+    monkeypatch.setenv("SPATIALID_NOTEBOOKS", str(ROOT/"nbs"))
+    if params.get("quick"): monkeypatch.setenv("SPATIALID_QUICK", "1")
+    check_passes(tmp_path/path.name)

@@ -14,7 +14,6 @@ import psutil
 import pytest
 
 from spatialid import cli, runner, store
-from spatialid.claims import OPS
 
 ROOT = Path(__file__).parents[1]
 COMMAND = "import sys; from spatialid.cli import main; sys.exit(main())"
@@ -61,7 +60,8 @@ def fails(capsys, code, *args):
 def claim(name="x", **rule):
     "An entry of claims.json; its rule is that the number x of notebook 01 is above 0, unless something else is given."
     rule = {"notebook": "01_a", "key": "claims.x", "op": ">", "threshold": 0, **rule}
-    return {"id": name, "source": "§1", "claim": "c", "paper": "1", "note": "", "measure": "", "rule": rule}
+    return dict(id=name, source="§1", claim="c", sentence="", paper="1", brief="1", note="", measure="", unit="things",
+                precondition="", headline=False, rule=rule, history=[])
 
 
 def write_claims(lab, *entries): (lab.root/"nbs"/"claims.json").write_text(json.dumps(entries))
@@ -300,33 +300,29 @@ def test_claims_json_and_rules(lab, capsys):
     store.save_results("toy", "03_x", {"claims": {"k": number}}, {**of_toy, "organism": True})
     assert cli.main(["claims", "--model", "toy", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
-    assert [r["status"] for r in rows] == ["holds", "does not hold", "not yet run", "not yet run"]
-    measured = {"ours": .6, "low": .55, "high": .7, "n": 20}
-    assert rows[0] == {"id": "a", "source": "§1", "paper": "1", **measured, **of_toy, "status": "holds"}
-    assert rows[3]["ours"] is None and rows[3]["model"] is None
+    assert [r["verdict"] for r in rows] == ["holds", "undecided", "not yet run", "not yet run"]
+    measured = {"value": .6, "low": .55, "high": .7, "n": 20}
+    assert rows[0] == {"id": "a", "source": "§1", "paper": "1", **measured, **of_toy, "verdict": "holds", "why": None}
+    assert rows[3]["value"] is None and rows[3]["model"] is None
     assert cli.main(["claims", "--model", "toy", "--markdown"]) == 0
-    assert "| 0.60 [0.55, 0.70], n = 20, toy (organism) | holds |" in capsys.readouterr().out
-
-
-def test_the_papers_claims(monkeypatch):
-    "The data file itself: unique ids, a source each, rules that can be evaluated."
-    monkeypatch.setenv("SPATIALID_NOTEBOOKS", str(ROOT/"nbs"))
-    entries = json.loads((ROOT/"nbs"/"claims.json").read_text(encoding="utf-8"))
-    assert len({e["id"] for e in entries}) == len(entries) >= 60
-    for e in entries:
-        assert set(e) - {"history"} == set(claim()) and e["source"] and e["claim"]
-        assert all(set(h) == {"date", "was", "why"} and all(h.values()) for h in e.get("history", ()))
-        if e["rule"]:
-            assert set(e["rule"]) - {"model", "named", "exact"} == {"notebook", "key", "op", "threshold"}
-            assert e["rule"]["op"] in OPS and e["measure"]
-            assert e["rule"]["notebook"] in runner.notebooks()
-    assert {r["status"] for r in runner.claims("llava-tiny")} <= {"holds", "does not hold", "not judged", "not yet run"}
+    assert "| 0.60 [0.55, 0.70], n = 20 things | toy | ✓ holds |" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("command", ["run", "reproduce", "claims", "models"])
 def test_help_shows_an_example(capsys, command):
     with pytest.raises(SystemExit) as stop: cli.main([command, "--help"])
     assert stop.value.code == 0 and f"example: spatialid {command}" in " ".join(capsys.readouterr().out.split())
+
+
+def test_one_claim_is_asked_for_by_its_id(lab, capsys):
+    write_claims(lab, claim("one"), claim("two", threshold=5))
+    number = {"value": 3, "low": 2, "high": 4, "n": 20}
+    store.save_results("toy", "01_a", {"claims": {"x": number}}, {"model": "toy", "protocol": "paper"})
+    assert cli.main(["claims", "two", "--model", "toy"]) == 0
+    told = capsys.readouterr().out
+    assert told.startswith("two: c\n") and "fails on toy" in told and "claims.x > 5" in told
+    assert cli.main(["claims", "three", "--model", "toy"]) == 2
+    assert "no claim 'three'; there are one, two" in capsys.readouterr().err
 
 
 def test_models(capsys):
@@ -340,7 +336,7 @@ def test_a_claim_about_many_models_is_read_where_they_are_compared(lab, capsys):
     number = {"value": 1, "low": .5, "high": 2, "n": 12}
     store.save_results("models", "13_models", {"claims": {"x": number}}, {"protocol": "paper"})
     row, = runner.claims("toy")
-    assert (row["status"], row["model"], row["n"]) == ("holds", "models", 12)
+    assert (row["verdict"], row["model"], row["n"]) == ("holds", "models", 12)
 
 
 def test_what_a_model_cannot_give_is_read_from_the_model_that_the_rule_names(lab):
@@ -351,16 +347,16 @@ def test_what_a_model_cannot_give_is_read_from_the_model_that_the_rule_names(lab
     number = lambda v: {"value": v, "low": v - .1, "high": v + .1, "n": 2}
     write("toy", {"value": None, "low": None, "high": None, "n": 0, "not_judged": "it has no table"})
     row, = runner.claims("toy")
-    assert (row["status"], row["reason"]) == ("not judged", "it has no table")
+    assert (row["verdict"], row["why"]) == ("not judged", "it has no table")
     lab.notebook("01_a", "pass")
     assert "1 not judged, 0 not yet run" in runner.claims_text([row])
     assert "Not judged on this model: x (it has no table)." in runner.model_page("toy")
     write("other", number(1))
     row, = runner.claims("toy")
-    assert (row["status"], row["model"], row["ours"]) == ("holds", "other", 1)
+    assert (row["verdict"], row["model"], row["value"]) == ("holds", "other", 1)
     write("toy", number(-1))
     row, = runner.claims("toy")
-    assert (row["status"], row["model"]) == ("does not hold", "toy")
+    assert (row["verdict"], row["model"]) == ("fails", "toy")
     write("toy", number(-1), quick=True)
     assert runner.claims("toy")[0]["model"] == "other"
     write("toy-13b", number(-1))
@@ -388,13 +384,12 @@ def test_a_quick_run_leaves_what_a_full_one_wrote(lab, capsys):
     save = f"save_results(model, '01_a', {numbers}, {{'params': {{'quick': quick}}}})"
     lab.notebook("01_a", f"from spatialid.store import save_results\n{save}", parameters='model = "toy"\nquick = False')
     rule = {"notebook": "01_a", "key": "claims.x", "op": ">", "threshold": 0}
-    entry = {"id": "x", "source": "§0", "claim": "", "paper": "", "note": "", "measure": "x", "rule": rule}
-    (lab.root/"nbs"/"claims.json").write_text(json.dumps([entry]))
+    write_claims(lab, {**claim(), "rule": rule})
     folder = lab.root/"results"/"toy"
     assert cli.main(["run", "01", "--model", lab.toy, "-p", "quick=True"]) == 0 and not (folder/"01_a.json").exists()
     assert store.read_results(folder/"quick"/"01_a.json")["provenance"]["params"]["quick"] is True
-    assert runner.claims("toy")[0]["reason"] == "only a quick run so far"
-    assert cli.main(["run", "01", "--model", lab.toy]) == 0 and runner.claims("toy")[0]["status"] == "holds"
+    assert runner.claims("toy")[0]["why"] == "only a quick run so far"
+    assert cli.main(["run", "01", "--model", lab.toy]) == 0 and runner.claims("toy")[0]["verdict"] == "holds"
     before = (folder/"01_a.json").read_bytes()
     assert cli.main(["run", "01", "--model", lab.toy, "-p", "quick=True"]) == 0
     assert (folder/"01_a.json").read_bytes() == before
@@ -466,10 +461,11 @@ def test_the_claims_of_several_models_are_one_table(lab, capsys):
         store.save_results(name, "01_a", {"claims": found}, {"model": name, "organism": True, "protocol": "paper"})
     assert cli.main(["reproduce", "--models", f"{lab.toy},{lab.root/'other'}"]) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert ["own", "✗", "✓", "·"] in lines and ["named", "·", "✓", "·"] in lines, lines
-    assert ["1", "toy:", "0", "of", "1", "hold"] in lines and ["2", "other:", "2", "of", "2", "hold"] in lines
+    assert ["own", "?", "✓", "·"] in lines and ["named", "·", "✓", "·"] in lines, lines
+    assert "1 toy: 0 hold, 0 fail, 1 undecided".split() in lines
+    assert "2 other: 2 hold, 0 fail, 0 undecided".split() in lines
     assert cli.main(["reproduce", "--models", lab.toy]) == 0
-    counts = "1 holds, 1 does not hold, 0 not judged, 0 not yet run (measured on toy: 1, other: 1)"
+    counts = "1 holds, 0 fails, 1 undecided, 0 not judged, 0 not yet run (measured on toy: 1, other: 1)"
     assert counts in capsys.readouterr().out
 
 
@@ -611,7 +607,7 @@ save_results(model, "01_a", {"claims": {"x": dict(value=v, low=v - .1, high=v + 
     assert cli.main(["reproduce", "--models", ",".join(map(str, runs))]) == 0
     out = capsys.readouterr().out
     first, second = (store.results_dir(str(folder)).name for folder in runs)
-    assert first == "ckpt" and f" {first}: 0 of 1 hold" in out and f" {second}: 1 of 1 hold" in out
+    assert first == "ckpt" and f" {first}: 0 hold, 1 fail" in out and f" {second}: 1 hold, 0 fail" in out
     assert all(runner.is_done(runner.find_notebook("01"), str(folder)) for folder in runs)
 
 

@@ -11,7 +11,7 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from spatialid import theory as th
+from spatialid import organisms, theory as th
 from spatialid.scenes import GridScenes, grid_pairs
 from spatialid.extraction import extract, grid_statistics, subsample
 from spatialid.families import FAMILIES
@@ -183,13 +183,6 @@ def test_a_model_at_chance_has_no_read_out_to_judge():
     assert th.read_out_claim(readout, 0.9, 12) == readout["all 15 directions"]
     assert "50%" in th.read_out_claim(readout, 0.5, 12)["not_judged"]
     assert th.encoding_claim({"rotary, vision tower": {}}, 12) == th.not_judged(th.NO_TABLE, 12)
-
-
-def test_verdicts_are_those_of_the_register():
-    number, nothing = {"value": 0.9, "low": 0.88, "high": 0.95, "n": 12}, th.not_judged("no reason", 12)
-    keys = [f"table2{kind}_rank{r}" for kind in ("", "_rotary", "_cross") for r in (2, 3)]
-    text = th.verdicts({**dict.fromkeys(keys, nothing), "rank3": number, "encoding_linear": number, "readout": number})
-    assert "| eq7.rank3 | 0.90 [0.88, 0.95], n = 12: holds |" in text and text.count("not judged: no reason") == 6
 
 
 def test_the_layer_of_other_weights_is_refused(tmp_path, monkeypatch):
@@ -795,6 +788,8 @@ def test_why_linear_trains_both_kinds_from_one_first_stage(tmp_path, monkeypatch
     "The first stage is trained once for a seed, the other arms go on from it, and a second call finds everything done."
     monkeypatch.setenv("SPATIALID_RESULTS", str(tmp_path))
     monkeypatch.setattr(th, "line_of", partial(th.line_of, pairs=6))
+    few = lambda *given, of=organisms.held_out_stage: replace(of(*given), batch=4)
+    monkeypatch.setattr(organisms, "held_out_stage", few)
     made = json.loads(th.why(tmp_path / "runs", 1, small_recipes).read_text())
     assert [r["arm"] for r in made["runs"]] == list(th.WHY)
     for run in made["runs"]:

@@ -9,9 +9,11 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 from unittest import mock
 
+import nbdev.processors
 import nbdev.serve
 from fastcore.nbio import NbCell, read_nb, write_nb
 from nbdev.processors import FilterDefaults, exec_show_docs
@@ -89,7 +91,9 @@ def process(root):
     os.chdir(root)
     write_model_pages(root)
     refresh_quarto_yml()
-    with mock.patch.object(nbdev.serve, "FilterDefaults", Pages):
+    once = cache(nbdev.processors.get_config) # else the configuration is read again for every cell
+    with (mock.patch.object(nbdev.serve, "FilterDefaults", Pages),
+          mock.patch.object(nbdev.processors, "get_config", once)):
         nbdev.serve.proc_nbs(symlinks=True, n_workers=0)  # follows nbs/results
     link_pages(root)
     pages = [p.relative_to("nbs") for pattern in ("*.ipynb", "lib/*.ipynb") for p in sorted(Path("nbs").glob(pattern))]
