@@ -9,7 +9,7 @@ _HOME = {
     "sweep": "sweeps", "Sweep": "sweeps",
     "Estimate": "stats",
     "SpatialIDs": "extraction", "extract": "extraction", "stored_ids": "extraction", "subsample": "extraction",
-    "FreeScenes": "scenes", "GridScenes": "scenes", "grid_pairs": "scenes",
+    "FreeScenes": "scenes", "GridScenes": "scenes", "RingScenes": "scenes", "grid_pairs": "scenes",
     "Videos": "videos", "GridVideos": "videos",
     "Benchmark": "benchmarks", "MVBench": "benchmarks", "Questions": "benchmarks", "placed": "benchmarks",
     "left_right": "questions", "mirrored": "questions",

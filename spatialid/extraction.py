@@ -37,6 +37,7 @@ from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from .packing import can_share, capture_shared, together
+from .scenes import RingScenes
 from .stats import absolute, around, as_text, leave_one_out, not_judged, over_null, rng, with_interval
 from .store import provenance as make_provenance, results_dir, results_root, stored_path, write_bytes
 
@@ -744,7 +745,7 @@ def accumulate(
 # %% ../nbs/03_extraction.ipynb #6019fb57
 def extract(
     vlm, # a `VLM`
-    scenes, # grid scenes pair by pair: `GridScenes`, or a list of its items
+    scenes, # grid scenes pair by pair: `GridScenes` (the paper's design), a list of its items; or `RingScenes`
     template:str=TEMPLATE, # the query; φ is read at the object b: at {subject}, or at {object} for the second slot
     layers=None, # layers ℓ to keep; all by default
     protocol:str="paper", # or "released": see `SpatialIDs`; at ℓ = N too it is the state before the final norm
@@ -755,11 +756,13 @@ def extract(
     progress:bool=True,
     slot:str="first", # noun at which b is named and φ is read: "first" ({subject}) or "second" ({object})
 )->SpatialIDs:
-    """Spatial IDs of a model (Eq. 2-4): one forward per image.
+    """Spatial IDs of a model (Eq. 2-4): one forward per image; of `RingScenes` as `extract_rings` does, of one slot.
 
     Interrupted with a checkpoint, the same call goes on and ends bit-identically. ValueError for an unknown protocol or
     slot, a batch_size below 1, a template without the mark to read, scenes that do not fill the grid, another
     extraction's checkpoint."""
+    if isinstance(scenes, RingScenes):
+        return extract_rings(vlm, scenes, template, layers, checkpoint=checkpoint)[checked_slot(slot)]
     text = template if checked_slot(slot) == "first" else exchanged(template)
     checked_settings(protocol, batch_size)
     layers = whole_layers(layers) or list(range(1, vlm.n_layers + 1))

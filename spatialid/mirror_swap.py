@@ -10,8 +10,8 @@ __all__ = ['OPPOSITE', 'COLOUR', 'FIGURE4', 'CLAIMS_OF', 'left_right', 'mirrored
            'per_pair', 'spread', 'signal_to_noise', 'numerators', 'paper_scale', 'plot_normalised', 'plot_numerators',
            'plot_figure4b', 'plot_words', 'right_answers', 'answered_pair', 'plot_two_things', 'colour_groups',
            'follows_table', 'plot_denominators', 'plot_colour_pair', 'plot_colours', 'released_shift',
-           'released_averages', 'plot_released', 'belief_figure', 'share_in_middle', 'claim_draws', 'mirror_claims',
-           'missing_claims', 'curves_with_intervals', 'log_probs_of']
+           'released_averages', 'plot_released', 'belief_figure', 'share_in_middle', 'shortest_run', 'band_of_most',
+           'largest', 'claim_draws', 'mirror_claims', 'missing_claims', 'curves_with_intervals', 'log_probs_of']
 
 # %% ../nbs/02_mirror_swap.ipynb #90912ec9
 import re
@@ -27,7 +27,7 @@ from .pictures import as_seen
 from .plots import GROUP_COLOURS, dot, frame, legend_above, mark_layers, plot_curves
 from .query import Query
 from .questions import LEFT_RIGHT, answers_right
-from .stats import absolute, as_text, estimate, resample, rng, wilson
+from .stats import as_text, estimate, resample, rng, wilson
 from .store import OKABE_ITO
 from .sweeps import sweep
 
@@ -694,6 +694,33 @@ def share_in_middle(
     below, middle = np.isin(layers, range(1, n_layers)), np.isin(layers, third("middle", n_layers))
     return curve[:, middle].sum(1) / np.abs(curve[:, below]).sum(1)
 
+def shortest_run(
+    sizes:np.ndarray, # (L,), not negative
+    share:float=0.8,
+)->tuple[int, int]: # first and last index
+    "The shortest run of neighbours that holds a share of the sum; of several the one that holds most."
+    sums, n = np.append(0, np.cumsum(sizes)), len(sizes)
+    for length in range(1, n + 1):
+        held = sums[length:] - sums[:n + 1 - length]
+        if held.max() >= share * sums[-1] * (1 - 1e-12): return int(held.argmax()), int(held.argmax()) + length - 1
+    return 0, n - 1
+
+def band_of_most(
+    curve:np.ndarray, # (draws, L)
+    layers,
+    n_layers:int,
+)->dict: # {claim: (draws,)}
+    "Width and centre, in shares of the depth, of the shortest run of layers with 80 % of the effect below the last."
+    layers = np.asarray(layers)
+    below = layers < n_layers
+    ends = np.array([shortest_run(np.abs(each[below])) for each in curve])
+    first, last = np.where(np.isnan(curve[:, below]).any(1), np.nan, layers[below][ends].T)
+    return {"objects_band_width": (last - first + 1) / n_layers, "objects_band_centre": (first + last) / 2 / n_layers}
+
+def largest(curve:np.ndarray)->np.ndarray: # (draws, L) -> (draws,)
+    "Size of the largest effect at any layer."
+    return np.abs(curve).max(1)
+
 # %% ../nbs/02_mirror_swap.ipynb #93236e19
 def claim_draws(
     mirror:Curves, # of the mirror swap
@@ -705,7 +732,8 @@ def claim_draws(
     over = lambda c, group, part: mean_over(c[group], c.layers, third(part, n_layers))
     numbers = {"image_early_less_late": over(mirror, "image", "first") - over(mirror, "image", "last"),
                "text_late_less_early": over(mirror, "text", "last") - over(mirror, "text", "first"),
-               "objects_in_middle": share_in_middle(mirror["objects"], mirror.layers, n_layers)}
+               "objects_in_middle": share_in_middle(mirror["objects"], mirror.layers, n_layers),
+               **band_of_most(mirror["objects"], mirror.layers, n_layers)}
     if "random words" in mirror.draws:
         random = over(mirror, "random words", "middle")
         numbers["objects_over_random"] = over(mirror, "objects", "middle") - 2 * random
@@ -715,7 +743,7 @@ def claim_draws(
         found["two things"] = (blank, {"objects_over_rest": least - over(blank, "text but objects", "middle")})
     if colour:
         words, others = over(colour, "colour words", "middle"), over(colour, "other words", "middle")
-        of_colours = {"colour_words_over_others": words - others, "object_word": over(colour, "object word", "middle")}
+        of_colours = {"colour_words_over_others": words - others, "object_word": largest(colour["object word"])}
         found["colours exchanged"] = (colour, of_colours)
     return found
 
@@ -724,18 +752,16 @@ def mirror_claims(
     draws:dict, # as `claim_draws` gives them
     judged:dict, # {kind of pairs: does the belief follow in most of them?}
 )->dict: # {claim: {value, low, high, n, none}}
-    "The claims that can be judged, each as a number; of the object word its size."
+    "The claims that can be judged, each as a number."
     claims = {}
     for kind, (c, numbers) in draws.items():
         if judged[kind]:
             claims |= {name: estimate(values, c.n) for name, values in numbers.items()}
-    if "object_word" in claims:
-        claims["object_word"] = absolute(claims["object_word"])
     return claims
 
 # %% ../nbs/02_mirror_swap.ipynb #6e399b00
-CLAIMS_OF = {"mirrored": ("image_early_less_late", "text_late_less_early", "objects_in_middle", "objects_over_random",
-                          "attribute_signal"),
+CLAIMS_OF = {"mirrored": ("image_early_less_late", "text_late_less_early", "objects_in_middle", "objects_band_width",
+                          "objects_band_centre", "objects_over_random", "attribute_signal"),
              "two things": ("objects_over_rest",), "colours exchanged": ("object_word", "colour_words_over_others")}
 
 

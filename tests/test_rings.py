@@ -1,11 +1,12 @@
 "IDs from rings of objects: balanced pictures, parts found as they were put in, packed as singly, resumed to the bit."
 from collections import Counter
+from functools import partial
 
 import numpy as np
 import pytest
 
 from spatialid import extraction
-from spatialid.extraction import RingSums, additive_fit, cell_table, extract_rings, reliability
+from spatialid.extraction import RingSums, additive_fit, cell_table, extract, extract_rings, reliability
 from spatialid.hooks import VLM
 from spatialid.scenes import OBJECTS, RingScenes
 from spatialid.sweeps import in_float64
@@ -129,3 +130,12 @@ def test_rings_end_when_they_are_reliable_and_go_on_from_a_checkpoint(family, tm
     assert all(np.array_equal(again[name].table, found[name].table) for name in found)
     other = RingScenes(OBJECTS[:4], k=4, m=2, px=16, sizes=(100,), seed=1)
     with pytest.raises(ValueError, match="belongs to another extraction"): extract_rings(vlm, other, **kept)
+
+
+def test_extract_takes_rings_too(monkeypatch):
+    "As `extract_rings`, of one slot."
+    vlm, scenes = VLM(*tiny("llava")), RingScenes(OBJECTS[:4], k=4, m=2, px=16, sizes=(100,))
+    monkeypatch.setattr(extraction, "extract_rings", partial(extract_rings, most=4))
+    found = extract(vlm, scenes, layers=[1], slot="second")
+    assert found.slot == "second" and found.layers == [1] and found.provenance["params"]["images"] == 4
+    with pytest.raises(ValueError, match="slot"): extract(vlm, scenes, slot="third")
