@@ -168,6 +168,7 @@ def test_another_file_under_the_name_of_the_base(smol, monkeypatch, tmp_path):
     with pytest.raises(ValueError, match="is another one .*--force-reinstall"): VLM.load(str(smol["folder"]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["cut", "flipped", "no checksum"])
 def test_a_damaged_cache_is_made_again(smol, damage):
     right = logits(VLM.load(str(smol["folder"])))
@@ -257,6 +258,7 @@ def adapter(request, tmp_path_factory):
     return home, wrapped.eval(), processor
 
 
+@pytest.mark.slow
 def test_an_adapter_loads_merged_apart_and_wrapped(adapter):
     home, wrapped, processor = adapter
     merged, apart = (VLM.load(str(home / "adapter"), merge=m, dtype="float32") for m in (True, False))

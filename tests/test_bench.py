@@ -18,6 +18,7 @@ def small(): return bench.in_float64(bench.llava_shaped(64, 3, width=64))
 def logits(work): return {way: bench.run_way(way, work, work.cells)[0] for way in bench.ways_of(work)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [1, 3])
 @pytest.mark.parametrize("kind", [*bench.WORK])
 def test_all_ways_give_the_same_logits(small, kind, n):
@@ -113,6 +114,7 @@ def test_scaling_error_is_of_the_estimated_time():
 def numbers(small): return bench.sweep_times(bench.mirror_work(small), 2)
 
 
+@pytest.mark.slow
 def test_sweep_times(numbers):
     assert numbers["cells"] == numbers["cells_timed"] == 9 and numbers["rounds"] == 2 and numbers["scaling_error"] >= 0
     for way, name in bench.NAMES.items():

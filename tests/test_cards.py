@@ -60,6 +60,7 @@ def llava(): return VLM.load("llava-tiny")
 def scene_queries(n): return [FreeScenes(n, seed=HELD_OUT)[i].queries() for i in range(n)]
 
 
+@pytest.mark.slow
 def test_a_trained_model_answers_as_alone(llava):
     queries = sum(scene_queries(6), [])
     assert run_shared(llava, queries).beliefs == llava.run(queries).beliefs
@@ -145,6 +146,7 @@ def test_photographs_are_crops_or_a_folder_or_not_there(tmp_path, monkeypatch):
     with cards.photographs() as (folder, what): assert folder is None and "--photos" in what
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("m, size", cards.GRIDS)
 def test_grids_are_asked_where_columns_differ(m, size):
     queries = cards.in_grid(m, size, 120)

@@ -77,6 +77,7 @@ def by_whole_sequence(vlm, query, string, layer=None, vector=None):
     return float(sum(logits[n - 1 + i].log_softmax(-1)[token] for i, token in enumerate(string)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.filterwarnings("ignore:.*not resumed")
 def test_an_answer_is_the_sum_over_its_tokens(family):
@@ -198,6 +199,7 @@ def test_shares_of_spellings_and_the_likelier_answer(llava):
     assert dp.answer_strings(llava, queries, rigged)[0].keys() == set(rigged[0])
 
 
+@pytest.mark.slow
 def test_the_difference_of_a_scoring_is_that_of_its_log_odds(llava):
     queries, edits = [ask(i) for i in range(2)], {"push": ("subject", add(torch.ones(llava.width)))}
     strings = dp.spellings(llava, queries)

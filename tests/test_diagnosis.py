@@ -429,6 +429,7 @@ def test_plans_of_lesions():
     assert quick["test"] == full["test"][::9] and quick["calibrate"][0] == (None, 0, 0)
 
 
+@pytest.mark.slow
 def test_evidence_of_damaged_models_is_recorded(llava, tmp_path):
     source = dg.CaseSource(str(tmp_path), px=32)
     plans = {"calibrate": [(None, 0, 0)], "test": [(None, 0, 0), ("readout", 3.0, 1)]}

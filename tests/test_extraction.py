@@ -137,6 +137,7 @@ def test_running_sums_equal_storing_everything_in_double(double, protocol):
     assert np.abs(ids.pair_ids[0, 0] - own).max() < 1e-12  # "star" has one pair, the first
 
 
+@pytest.mark.slow
 def test_running_sums_equal_storing_everything_in_single(vlm):
     scenes = subsample(squares(PAIRS[:3]), 3)
     ids = extract(vlm, scenes, batch_size=16, progress=False)
@@ -491,6 +492,7 @@ def test_the_last_layer_is_read_before_the_final_norm(vlm):
     assert torch.allclose(vlm.receivers[-1](run.residuals[last][:, 0]), states[last][:, -1], atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("k", [2, 3, 10])
 def test_intervals_cover(k):
     "The 95 % interval of each statistic holds its mean over fresh draws of k objects most of the time."

@@ -194,6 +194,7 @@ def alone(vlm, query, word, layer):
     return float(-log_probs.sum()), vlm.run(query, layer, word).residual(layer)[0, 0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_both_ingredients_in_every_family(family):
     vlm = VLM(*tiny(family, dtype=torch.float64), "tiny")
@@ -281,6 +282,7 @@ def test_the_rate():
     assert all(a >= b for a, b in zip(rates[3:], rates[4:]))
 
 
+@pytest.mark.slow
 def test_the_trainer_does_the_same(tmp_path):
     s = replace(SMALL, steps=3, groups=2, every=3, seed=1)
     ours, theirs = (VLM(*tiny_llava(), "tiny") for _ in range(2))
@@ -330,6 +332,7 @@ def stored(folder, family="qwen2_vl"):
 ARGS = ["--last-k", "1", "--layer", "2", "--steps", "4", "--every", "2", "--held", "2", "--lr", "1e-3"]
 
 
+@pytest.mark.slow
 def test_qwen_through_the_command_line(tmp_path, folders, capsys):
     model = stored(tmp_path / "qwen")
     data = [str(folders["pictures"]), str(folders["benchmark"]), "--ids", str(folders["ids"])]
@@ -365,6 +368,7 @@ def test_bad_input_is_one_sentence(tmp_path, folders, capsys):
         assert "Traceback" not in "".join(said), said
 
 
+@pytest.mark.slow
 def test_bfloat16_keeps_what_learns_in_float32(folders):
     def run(vlm, s):
         return finetune(vlm, folders["pictures"], folders["benchmark"], random_ids(), None, s, progress=False)

@@ -700,6 +700,7 @@ def generated(vlm, queries, **settings):
     return torch.stack(vlm.model.generate(**inputs(vlm, queries), **settings).logits, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llava", "qwen2_vl", "mllama", "gemma3"])
 def test_a_patch_acts_in_every_call_of_the_model(family):
     vlm, v = VLM(*tiny(family, dtype=torch.float64), family), torch.randn(32, dtype=torch.float64)
@@ -982,6 +983,7 @@ def another_tensor(model): model.lm_head.weight = torch.nn.Parameter(model.lm_he
 def an_adapter(model): model.add_adapter(peft.LoraConfig(r=2, target_modules=["o_proj"], init_lora_weights=False))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [scaled, one_neuron, past_autograd, two_rows_exchanged, another_tensor, an_adapter])
 def test_the_identity_is_that_of_the_live_weights(saved, change):
     first, second = (VLM.load(saved, device="cpu") for _ in range(2))

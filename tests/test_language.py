@@ -96,6 +96,7 @@ def test_text_gets_the_logits_of_smollm2_before_training(family, smollm2):
     assert processor.tokenizer.decode(plain[0, -1].argmax()) # a token of the base
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", LANGUAGE_BUILDERS)
 def test_what_the_base_does_not_fill_is_stored_and_trained(family, two_blocks):
     recipe = SMALL[family]
@@ -145,6 +146,7 @@ def steps_of(family, **changes):
     return LanguageSteps(processor_of(recipe.family), recipe, replace(recipe.stages[1], **changes))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", LANGUAGE_BUILDERS)
 def test_a_packed_question_is_the_single_question(family, two_blocks):
     recipe = SMALL[family]
@@ -175,6 +177,7 @@ def test_a_packed_question_is_the_single_question(family, two_blocks):
         assert vlm.tokenizer.decode(said) == f"{answer}<|im_end|>"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", LANGUAGE_BUILDERS)
 def test_image_tokens_are_in_reading_order(family):
     recipe = SMALL[family]
@@ -347,6 +350,7 @@ class Syncs(TorchDispatchMode):
         return func(*args, **kwargs or {})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llava", "llava_onevision", "mllama"])
 def test_no_step_waits_for_a_number(family, two_blocks, texts):
     recipe = SMALL[family]

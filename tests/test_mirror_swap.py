@@ -39,6 +39,7 @@ def same(a, b): return np.array_equal(np.asarray(a), np.asarray(b))
 
 # --- pairs
 
+@pytest.mark.slow
 def test_mirroring_twice_is_the_identity(base):
     for q in base:
         once, twice = ms.mirrored(q), ms.mirrored(ms.mirrored(q))

@@ -1,5 +1,6 @@
 "Models side by side: checkpoints are the states of a run, a trace goes on, correlations are Spearman's."
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from scipy.stats import spearmanr
 from test_organisms import TINY
 
 from spatialid.store import save_results
-from spatialid import models
+from spatialid import models, organisms
 from spatialid.hooks import VLM
 from spatialid.models import checkpoints, main, measured, point, rank_correlation, restored, trace, weights_of
 from spatialid.organisms import train
@@ -19,8 +20,10 @@ from spatialid.organisms import train
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     "A short training run under the name of a recipe."
-    out = tmp_path_factory.mktemp("run")
-    train("llava-tiny", out, TINY, every=2)
+    out, plain = tmp_path_factory.mktemp("run"), organisms.held_out_stage
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(organisms, "held_out_stage", lambda *given: replace(plain(*given), batch=4))
+        train("llava-tiny", out, TINY, every=2)
     return out
 
 
@@ -63,6 +66,7 @@ def test_a_trace_goes_on_where_it_stopped(run, tiny, monkeypatch):
     assert len(calls) == 3
 
 
+@pytest.mark.slow
 def test_points_are_in_the_order_of_training(run, tiny, monkeypatch):
     monkeypatch.setattr(models, "point", lambda vlm, **options: {"accuracy": {"value": 0.5}})
     steps = lambda path: [p["step"] for p in json.loads(path.read_text())["points"]]
@@ -88,6 +92,7 @@ def test_errors_are_a_sentence(tmp_path, call, says):
     with pytest.raises((ValueError, FileNotFoundError), match=says): call(tmp_path)
 
 
+@pytest.mark.slow
 def test_no_weights_kept(run, tiny, tmp_path):
     (tmp_path / "log.jsonl").write_text((run / "log.jsonl").read_text())
     with pytest.raises(FileNotFoundError, match="keeps no weights"): trace("llava-tiny", tmp_path)
@@ -108,6 +113,7 @@ def test_measured_leaves_out_quick_runs(tmp_path, monkeypatch):
     assert list(models.stored(["a", "b"], "card.json")) == ["a"]
 
 
+@pytest.mark.slow
 def test_rank_correlation_is_spearmans():
     g = np.random.default_rng(0)
     x = g.standard_normal(40)
@@ -120,6 +126,7 @@ def test_rank_correlation_is_spearmans():
     assert rank_correlation([1, 2, 3, 4], [1, 1, 1, 1])["value"] == 0
 
 
+@pytest.mark.slow
 def test_points_of_one_run_are_resampled_together():
     "Ten points a run that hardly differ within it: as wide as the interval of the runs, wider than that of the points."
     g = np.random.default_rng(1)
@@ -249,6 +256,7 @@ def test_the_figure_joins_the_points_of_a_run(traced):
     assert list(fig.axes[0].lines[0].get_ydata()) == [0.6, 0.7, 0.8, 0.9]
 
 
+@pytest.mark.slow
 def test_claims_over_models_need_enough_of_them(traced):
     points = models.points_of(*traced)
     fig9, grids = models.correlations(points), {str(i): estimate(i / 10) for i in range(5)}

@@ -169,6 +169,7 @@ def stored(family, folder):
     return VLM.load(str(folder))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", BUILDERS)
 def test_a_packed_question_is_the_single_question(family, tmp_path):
     vlm, recipe = stored(family, tmp_path), FAMILY[family]
@@ -219,6 +220,7 @@ def test_fresh_blocks_attend_to_what_looks_alike(family):
         assert torch.equal(q, k.repeat_interleave(len(q) // len(k), 0))
 
 
+@pytest.mark.slow
 def test_the_zoo_fits_the_package():
     for name, recipe in RECIPES.items():
         model, processor = build(recipe)

@@ -57,11 +57,13 @@ def check_shared(family, queries, monkeypatch):
     assert len(plain.logits.unique(dim=0)) == len(queries), "pictures or questions do not matter, so nothing was tested"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_questions_about_a_picture_can_be_run_together(family, monkeypatch):
     check_shared(family, questions(family), monkeypatch)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "llava_onevision"])
 def test_questions_about_a_video_too(family, monkeypatch):
     check_shared(family, questions(family, video=True), monkeypatch)

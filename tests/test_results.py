@@ -74,6 +74,7 @@ def test_losses_of_a_diagnosis_are_within_their_intervals():
         assert contains({"value": drawn[0], "low": low, "high": high}) and 0 <= decide(drawn)[1] <= 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", range(3, 11))
 def test_the_jackknife_covers_the_mean_of_few_objects(n):
     "Student's t keeps 95 % for three to ten objects, where a percentile bootstrap has 77 to 92."

@@ -101,6 +101,7 @@ def test_the_reliability_of_rounds_is_that_of_their_mean():
     assert reliability(truth, (truth**2).sum(), 1) == 0 and reliability(0 * truth + 1e-9, 2 * (truth**2).sum(), 2) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llava", "gemma3"])
 def test_rings_end_when_they_are_reliable_and_go_on_from_a_checkpoint(family, tmp_path, monkeypatch):
     "Packed where the family allows it; both give the same IDs as asking singly."

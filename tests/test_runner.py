@@ -105,6 +105,7 @@ def test_outside_a_checkout(lab, capsys):
     assert "no notebooks in" in fails(capsys, 1, "run", "01")
 
 
+@pytest.mark.slow
 def test_run_injects_parameters_and_drops_eval_false(lab, capsys):
     lab.notebook("01_a", "#| eval: false\nraise SystemExit(3)",
                  'from spatialid.store import save_results\nsave_results(model, "01_a", {"n": n, "sizes": sizes}, {})',
@@ -141,6 +142,7 @@ def test_a_process_ends_with_the_one_that_began_it(tmp_path):
     raise AssertionError("it goes on alone")
 
 
+@pytest.mark.slow
 def test_failing_notebook_gives_cell_and_cause(lab, capsys):
     lab.notebook("01_a", "1 + 1", "# far above\n" * 9 + "# the fraction\nx = 1/(n - 3)\n# below")
     message = fails(capsys, 1, "run", "1").split("\r")[-1]
@@ -159,6 +161,7 @@ def test_a_benchmark_is_found_from_where_one_is(lab, capsys):
     assert cli.main(["run", "1", "-p", "benchmark=data"]) == 0 and (lab.root/"data"/"seen").is_file()
 
 
+@pytest.mark.slow
 def test_dead_kernel(lab, capsys):
     lab.notebook("01_a", "import os; os._exit(9)")
     assert "the kernel died" in fails(capsys, 1, "run", "1")

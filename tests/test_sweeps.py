@@ -408,6 +408,7 @@ def test_there_is_no_sweep_inside_a_patch(llava):
         with patched(): llava.clean(llava.encode(base))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plain", [False, True])
 def test_a_model_in_training_is_swept_without_dropout(plain):
     model, processor = tiny_llava()

@@ -414,6 +414,7 @@ def organism_of(family, kwargs):
     return in_float64(VLM(model, processor, "random"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llava", "qwen2_vl", "internvl", "gemma3", "mllama"])
 def test_parts_add_up_to_the_ids(family):
     merge = dict(patch=4, merge=1) if family in ("llava", "mllama") else dict(patch=4, merge=2)
