@@ -284,6 +284,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'spatialid.claims.register': ('lib/claims.html#register', 'spatialid/claims.py'),
                                   'spatialid.claims.register_markdown': ('lib/claims.html#register_markdown', 'spatialid/claims.py'),
                                   'spatialid.claims.report': ('lib/claims.html#report', 'spatialid/claims.py'),
+                                  'spatialid.claims.side_by_side': ('lib/claims.html#side_by_side', 'spatialid/claims.py'),
                                   'spatialid.claims.verdict': ('lib/claims.html#verdict', 'spatialid/claims.py')},
             'spatialid.cli': { 'spatialid.cli._add_benchmark': ('lib/cli.html#_add_benchmark', 'spatialid/cli.py'),
                                'spatialid.cli._add_reproduce': ('lib/cli.html#_add_reproduce', 'spatialid/cli.py'),

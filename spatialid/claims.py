@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OPS', 'VERDICTS', 'WEAKEST', 'WIDTH', 'notebooks_dir', 'register', 'verdict', 'judge', 'report', 'claims',
            'own_claims', 'counted_verdicts', 'counted', 'claims_text', 'claim_text', 'claims_markdown',
-           'register_markdown', 'claims_table']
+           'register_markdown', 'claims_table', 'side_by_side']
 
 # %% ../nbs/lib/claims.ipynb #c5aab296
 import json
@@ -267,3 +267,22 @@ def claims_table(
     for i, (name, rows) in enumerate(own.items(), 1):
         lines.append(f"{i:>3} {name}: {counted_verdicts(rows.values())}")
     return "\n".join([*lines, "", "With numbers: spatialid claims --model NAME"])
+
+def side_by_side(
+    notebook:str, # its stem, such as "04_steering"
+    models:list, # names, with results of it
+) -> str:
+    """What a notebook found of its claims in several models, from their stored results, as a Markdown table."""
+    lines, kept = {}, {model: _results_of(model, notebook) for model in models}
+    def cell(results, rule):
+        "Value, interval and mark of a claim in some results; nothing where it was not judged."
+        number = (_found(rule, results) if results else {}).get("number") or {}
+        if number.get("value") is None: return ""
+        mark = VERDICTS[_found(rule, results)["verdict"]]
+        return f"{mark} {_number(number['value'])} [{_number(number['low'])}, {_number(number['high'])}]"
+    for entry in register().values():
+        rule = entry["rule"]
+        if not rule or rule["notebook"] != notebook: continue
+        keys = tuple(part["key"] for part in _parts(rule))
+        lines.setdefault(keys, [entry["id"], entry["claim"], *(cell(results, rule) for results in kept.values())])
+    return markdown_table(["id", "claim", *models], [*lines.values()])

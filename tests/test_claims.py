@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from spatialid.claims import (
-    OPS, VERDICTS, claim_text, claims, claims_markdown, claims_text, judge, register, report, verdict)
+    OPS, VERDICTS, claim_text, claims, claims_markdown, claims_text, judge, register, report, side_by_side,
+    verdict)
 from spatialid.store import save_results
 
 NBS = Path(__file__).parents[1]/"nbs"
@@ -131,3 +132,14 @@ def test_what_was_run_without_an_interval_is_not_judged_and_says_why(tmp_path, m
     assert (left_out["verdict"], left_out["why"]) == ("not yet run", None)
     assert why in " ".join(claim_text(run).split()) and "1 not judged, 0 not yet run" in claims_text([run])
     assert f"{why} | toy | {VERDICTS['not judged']} not judged |" in claims_markdown([run])
+
+
+def test_models_stand_side_by_side_with_what_each_found_itself(tmp_path, monkeypatch):
+    "A mark, the number and its interval; nothing for a model without the results or that was not judged."
+    monkeypatch.setenv("SPATIALID_NOTEBOOKS", str(tmp_path))
+    write(tmp_path, entry_of(), {**entry_of(notebook="02_b"), "id": "elsewhere"})
+    for name, found in (("one", number(.7, .6, .8)), ("two", number(.5, .4, .6)), ("three", {"not_judged": "none"})):
+        save_results(name, "01_a", {"claims": {"share": found}}, {"model": name})
+    lines = side_by_side("01_a", ["one", "two", "three", "four"]).splitlines()
+    assert lines[0] == "| id | claim | one | two | three | four |"
+    assert lines[2:] == ["| x | c | ✓ 0.70 [0.60, 0.80] | ? 0.50 [0.40, 0.60] |  |  |"]
