@@ -429,7 +429,7 @@ def chosen_dose(
     gain = {}
     for a in sorted(swaps):
         by_layer = (swaps[a]["ID"] - swaps[a]["noise"])[:, :n].mean(1)
-        gain |= {(a, k): v for k, v in enumerate(by_layer)}
+        gain |= {(a, k): round(float(v), 9) for k, v in enumerate(by_layer)}  # equal but for rounding is equal
     return max(gain, key=gain.get)
 
 def at_dose(

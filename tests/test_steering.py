@@ -507,6 +507,8 @@ def test_a_dose_is_chosen_by_the_gain_on_the_first_questions_alone():
     assert st.chosen_dose(swaps, 5) == (1.0, 1)
     swaps[0.5]["ID"][2, :5] = 1
     assert st.chosen_dose(swaps, 5) == (0.5, 2), "of equals the smaller dose"
+    rounded = {**swaps, 1.0: {**swaps[1.0], "ID": swaps[1.0]["ID"] + 1e-15}}
+    assert st.chosen_dose(rounded, 5) == (0.5, 2), "also where they differ by rounding"
     found = st.at_dose(swaps, 1.0, 1, slice(0, 5))
     assert found["ID"]["value"] == 1
     assert found["noise"]["value"] == 0
