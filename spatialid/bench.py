@@ -6,10 +6,10 @@
 __all__ = ['QUESTION', 'WORK', 'WAYS', 'NAMES', 'SHAPES', 'TITLES', 'COLOURS', 'CURVES', 'Drawn', 'plain_inputs',
            'plain_forwards', 'grid_for', 'time_extraction', 'peak_bytes', 'extract_and_measure', 'in_a_process',
            'measure_memory', 'mebibytes', 'memory_table', 'machine', 'bench_path', 'stored_numbers', 'nnsight_version',
-           'write_bench', 'extraction_numbers', 'plot_extraction', 'cosine_of_ids', 'progressive_numbers',
-           'llava_shaped', 'load', 'Work', 'queries', 'mirror_work', 'steering_work', 'forward', 'keep', 'overwrite',
-           'released', 'full_forward', 'nnsight_traces', 'ours', 'ways_of', 'clock', 'run_way', 'logit_difference',
-           'recomputed', 'row_weight', 'forward_equivalents', 'counts_table', 'spread', 'take_turns', 'total', 'ratios',
+           'write_bench', 'extraction_numbers', 'plot_extraction', 'progressive_numbers', 'llava_shaped', 'load',
+           'Work', 'queries', 'mirror_work', 'steering_work', 'forward', 'keep', 'overwrite', 'released',
+           'full_forward', 'nnsight_traces', 'ours', 'ways_of', 'clock', 'run_way', 'logit_difference', 'recomputed',
+           'row_weight', 'forward_equivalents', 'counts_table', 'spread', 'take_turns', 'total', 'ratios',
            'scaling_error', 'about_work', 'sweep_times', 'difference64', 'device_bytes', 'way_and_measure',
            'way_memory', 'over_counts', 'growth', 'measure_sweep', 'sweep_numbers', 'sweep_table', 'sweep_tables',
            'scaling_errors', 'plot_ways', 'plot_growth', 'plot_sweeps', 'summary', 'main']
@@ -37,12 +37,12 @@ from tqdm import tqdm
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from .edits import add
-from .extraction import TEMPLATE, SpatialIDs, extract, extract_rings, middle_layers
+from .extraction import TEMPLATE, SpatialIDs, cosines, extract, extract_rings, middle_layers
 from .hooks import VLM
 from .query import Query
 from .scenes import GridScenes, RingScenes, grid_pairs
 from .stats import bootstrap, rng, as_text
-from .store import OKABE_ITO, load_results, provenance, results_dir, results_root, write_json
+from .store import OKABE_ITO, load_results, provenance, results_dir, results_root, rounded, write_json
 from .sweeps import in_float64, sweep
 
 # %% ../nbs/12_bench.ipynb #540639d7
@@ -215,11 +215,6 @@ def plot_extraction(
     by_size.legend()
 
 # %% ../nbs/12_bench.ipynb #3e888532
-def cosine_of_ids(a:np.ndarray, b:np.ndarray)->float: # each (m, m, d)
-    "Cosine of the IDs of a layer, both about their mean over the cells."
-    a, b = (np.ravel(ids - ids.mean((0, 1))) for ids in (a, b))
-    return float(a @ b / np.sqrt((a @ a) * (b @ b)))
-
 def progressive_numbers(
     model:str, # with the IDs of notebook 03
     k:int=6, # objects in a picture
@@ -236,12 +231,12 @@ def progressive_numbers(
     began = time.perf_counter()
     ids = extract_rings(vlm, scenes, layers=middle_layers(vlm.n_layers), most=most)["first"]
     took, found = time.perf_counter() - began, ids.provenance["params"]
-    cosine = cosine_of_ids(ids.at(layer), stored.at(layer))
+    about_mean = (np.ravel(of.at(layer) - of.at(layer).mean((0, 1))) for of in (ids, stored))
     score = {name: of.statistics(layer)["grid_score"]["value"] for name, of in (("rings", ids), ("stored", stored))}
-    return {"model": model, "forwards": found["passes"], "pictures": found["images"], "seconds": round(took, 1),
-            "layer": layer, "cosine": round(cosine, 5), "reliability": round(found["reliability"], 5),
-            "grid_score": {name: round(float(value), 5) for name, value in score.items()},
-            "reference": {"pictures": stored.provenance["params"]["images"]}, "of_the_paper": found["passes"] / 86400}
+    return rounded({"model": model, "forwards": found["passes"], "pictures": found["images"], "seconds": took,
+                    "layer": layer, "cosine": float(cosines(*about_mean)), "reliability": found["reliability"],
+                    "grid_score": score, "reference": {"pictures": stored.provenance["params"]["images"]},
+                    "of_the_paper": found["passes"] / len(GridScenes(grid_pairs()))})
 
 # %% ../nbs/12_bench.ipynb #0b7c1a02
 def llava_shaped(

@@ -16,6 +16,7 @@ from collections import Counter
 from functools import cache
 from pathlib import Path
 
+from .registry import FLAGSHIP
 from .stats import as_text, markdown_table
 from .store import read_results, results_dir
 
@@ -165,7 +166,7 @@ def _row(claim, model, results_of):
             "organism": origin.get("organism"), "protocol": origin.get("protocol") if judged else None}
 
 def claims(
-    model:str="llava-tiny", # whose results to compare
+    model:str=FLAGSHIP, # whose results to compare
 ) -> list: # dicts: the entry of `register` with value, low, high, n, model, organism, protocol, verdict, why
     """Every claim with what was found, by `model` or by the model that the claim's rule names.
 
@@ -275,11 +276,11 @@ def side_by_side(
     """What a notebook found of its claims in several models, from their stored results, as a Markdown table."""
     lines, kept = {}, {model: _results_of(model, notebook) for model in models}
     def cell(results, rule):
-        "Value, interval and mark of a claim in some results; nothing where it was not judged."
-        number = (_found(rule, results) if results else {}).get("number") or {}
-        if number.get("value") is None: return ""
-        mark = VERDICTS[_found(rule, results)["verdict"]]
-        return f"{mark} {_number(number['value'])} [{_number(number['low'])}, {_number(number['high'])}]"
+        "Mark, value and interval of a claim in some results; nothing where there is no number."
+        found = _found(rule, results) if results else {}
+        value, low, high = (found.get("number", {}).get(end) for end in ("value", "low", "high"))
+        if value is None: return ""
+        return f"{VERDICTS[found['verdict']]} {_number(value)} [{_number(low)}, {_number(high)}]"
     for entry in register().values():
         rule = entry["rule"]
         if not rule or rule["notebook"] != notebook: continue

@@ -7,15 +7,15 @@ __all__ = ['ID_FILES', 'SLOTS', 'WORD_QUESTIONS', 'WORDS', 'CELL_COLOURS', 'SCAL
            'centred_ids', 'grid_axes', 'orthonormal', 'grid_design', 'grid_statistics', 'grid_null', 'axis_null',
            'effective_dimensions', 'smooth_codes', 'SpatialIDs', 'null_of', 'null_of_grid', 'choose_layer', 'spread_of',
            'on_axes', 'read_safetensors', 'checked_slot', 'stored_ids', 'SceneIndex', 'grid_shape', 'check_filled',
-           'index_scenes', 'IDAccumulator', 'stamp_of', 'exchanged', 'whole_layers', 'checked_settings',
-           'subject_activations', 'accumulate', 'extract', 'stopped', 'RingSums', 'additive_fit', 'cell_table',
-           'reliability', 'extract_rings', 'subsample', 'cosines', 'of_different_objects', 'compare_slots', 'choices',
-           'pair_weights', 'subset_cosines', 'over_subsets', 'disjoint_halves', 'spread_layers', 'middle_layers',
-           'plot_scenes', 'checkpoint_path', 'split_objects', 'statistics_table', 'in_both_orders', 'word_activations',
-           'centred_words', 'nearer', 'word_margins', 'cell_colour', 'plot_ids', 'plot_words', 'name_of',
-           'plot_figure5', 'layer_title', 'plot_layers', 'plot_over_layers', 'plot_with_null', 'mark_layer',
-           'plot_layer_curves', 'nearest_column', 'nested_choices', 'PairSubsets', 'numbers_table', 'same_reach',
-           'plot_scaling', 'plot_pairs', 'same_pictures', 'compare_ids', 'plot_prompts', 'plot_slots',
+           'index_scenes', 'IDAccumulator', 'stamp_of', 'write_checkpoint', 'read_checkpoint', 'seen_of', 'exchanged',
+           'whole_layers', 'checked_settings', 'subject_activations', 'accumulate', 'extract', 'stopped', 'RingSums',
+           'additive_fit', 'cell_table', 'reliability', 'extract_rings', 'subsample', 'cosines', 'of_different_objects',
+           'compare_slots', 'choices', 'pair_weights', 'subset_cosines', 'over_subsets', 'disjoint_halves',
+           'spread_layers', 'middle_layers', 'plot_scenes', 'checkpoint_path', 'split_objects', 'statistics_table',
+           'in_both_orders', 'word_activations', 'centred_words', 'nearer', 'word_margins', 'cell_colour', 'plot_ids',
+           'plot_words', 'name_of', 'plot_figure5', 'layer_title', 'plot_layers', 'plot_over_layers', 'plot_with_null',
+           'mark_layer', 'plot_layer_curves', 'nearest_column', 'nested_choices', 'PairSubsets', 'numbers_table',
+           'same_reach', 'plot_scaling', 'plot_pairs', 'same_pictures', 'compare_ids', 'plot_prompts', 'plot_slots',
            'size_invariance', 'plot_sizes', 'less', 'grid_claims', 'pair_claims', 'size_claims']
 
 # %% ../nbs/03_extraction.ipynb #7ba219ac
@@ -650,33 +650,51 @@ def finish(
         provenance=provenance or {}, slot=slot)
 
 # %% ../nbs/03_extraction.ipynb #ceb7124d
-def stamp_of(vlm, scenes, index:SceneIndex, **settings)->dict:
+def stamp_of(
+    vlm, # a `VLM`
+    facts:list, # about the scenes: arrays, or what JSON knows
+    pictures:list, # some of them
+    **settings,
+)->dict:
     "What an extraction depends on, as short JSON values."
-    digest = hashlib.sha256(json.dumps([index.pairs, index.sizes, index.m]).encode())
-    for array in (index.pair, index.size, index.a, index.b):
-        digest.update(array.tobytes())
-    for i in sorted({0, len(scenes) // 2, len(scenes) - 1}):
-        digest.update(scenes[i].image().tobytes())
+    digest = hashlib.sha256()
+    for fact in facts:
+        digest.update(fact.tobytes() if isinstance(fact, np.ndarray) else json.dumps(fact).encode())
+    for picture in pictures:
+        digest.update(picture.tobytes())
     dtype = str(next(vlm.model.parameters()).dtype)
     return {"format": 2, "weights": vlm.weight_hash, "dtype": dtype, "scenes": digest.hexdigest(), **settings}
+
+def write_checkpoint(path, arrays:dict, stamp:dict)->Path:
+    "Write sums in one step, with what they depend on."
+    return write_bytes(path, safetensors.numpy.save(arrays, metadata={"checkpoint": json.dumps(stamp)}))
+
+def read_checkpoint(path, stamp:dict)->dict: # of arrays, each to be written to
+    "The sums of a checkpoint; nothing where there is no such file. ValueError if it is of another extraction."
+    if not Path(path).exists():
+        return {}
+    arrays, found = read_safetensors(path, "checkpoint")
+    different = [key for key in stamp if found.get(key) != stamp[key]]
+    if different:
+        raise ValueError(f"the checkpoint {path} belongs to another extraction (different {', '.join(different)}): "
+                         "delete it, or give another path")
+    return {name: array.copy() for name, array in arrays.items()}
+
+def seen_of(scenes, index:SceneIndex)->tuple[list, list]: # as `stamp_of` takes them
+    "The factors of grid scenes, and three of their pictures."
+    facts = [[index.pairs, index.sizes, index.m], index.pair, index.size, index.a, index.b]
+    return facts, [scenes[i].image() for i in sorted({0, len(scenes) // 2, len(scenes) - 1})]
 
 # %% ../nbs/03_extraction.ipynb #c6a74ad5
 @patch
 def save(self:IDAccumulator, path, stamp:dict)->Path:
     "Write a checkpoint in one step."
-    return write_bytes(path, safetensors.numpy.save(self.sums, metadata={"checkpoint": json.dumps(stamp)}))
+    return write_checkpoint(path, self.sums, stamp)
 
 @patch
 def load(self:IDAccumulator, path, stamp:dict):
     "Go on from a checkpoint; from nothing where there is no such file. ValueError if it is of another extraction."
-    if not Path(path).exists():
-        return
-    sums, stamp_found = read_safetensors(path, "checkpoint")
-    different = [key for key in stamp if stamp_found.get(key) != stamp[key]]
-    if different:
-        raise ValueError(f"the checkpoint {path} belongs to another extraction (different {', '.join(different)}): "
-                         "delete it, or give another path")
-    self.sums = {name: array.copy() for name, array in sums.items()}
+    self.sums = read_checkpoint(path, stamp)
 
 # %% ../nbs/03_extraction.ipynb #0a281e89
 def exchanged(
@@ -758,11 +776,15 @@ def extract(
 )->SpatialIDs:
     """Spatial IDs of a model (Eq. 2-4): one forward per image; of `RingScenes` as `extract_rings` does, of one slot.
 
+    (Rings come in passes of their own size and without a bar.)
     Interrupted with a checkpoint, the same call goes on and ends bit-identically. ValueError for an unknown protocol or
     slot, a batch_size below 1, a template without the mark to read, scenes that do not fill the grid, another
     extraction's checkpoint."""
     if isinstance(scenes, RingScenes):
-        return extract_rings(vlm, scenes, template, layers, checkpoint=checkpoint)[checked_slot(slot)]
+        if protocol != "paper" or whole_layers(pair_layers):
+            raise ValueError("rings have no pairs of their own and no released protocol: give GridScenes for those")
+        return extract_rings(vlm, scenes, template, layers, checkpoint=checkpoint,
+                             save_every=save_every)[checked_slot(slot)]
     text = template if checked_slot(slot) == "first" else exchanged(template)
     checked_settings(protocol, batch_size)
     layers = whole_layers(layers) or list(range(1, vlm.n_layers + 1))
@@ -770,7 +792,7 @@ def extract(
     sums = IDAccumulator(index_scenes(scenes), layers, protocol, pair_layers)
     settings = dict(template=template, layers=layers, protocol=protocol, batch_size=batch_size,
                     pair_layers=pair_layers, slot=slot)
-    stamp = stamp_of(vlm, scenes, sums.index, **settings) if checkpoint else None
+    stamp = stamp_of(vlm, *seen_of(scenes, sums.index), **settings) if checkpoint else None
     save = partial(sums.save, checkpoint, stamp) if checkpoint else lambda: None
     if checkpoint:
         sums.load(checkpoint, stamp)
@@ -816,6 +838,7 @@ class RingSums:
     of_rounds: np.ndarray = None
     squares: np.ndarray = None
     pictures: int = 0
+    sound: bool = True # no `add` was interrupted half way
 
     def start(self, width:int):
         "Sums of zero."
@@ -831,6 +854,7 @@ class RingSums:
     ):
         "Add a picture's questions; at the end of a round its IDs are taken."
         if not self.whole: self.start(phi.shape[-1])
+        self.sound = False
         objects = [self.names.index(name) for name in scene.names]
         cells = [y * self.m + x for x, y in scene.cells]
         for k in range(len(objects)):
@@ -841,6 +865,7 @@ class RingSums:
                 self.now["seen"][slot, objects[i], cells[i], cells[j]] += 1
         self.pictures += 1
         if self.pictures % self.round == 0: self.end_round()
+        self.sound = True
 
     def end_round(self):
         "Take the IDs of the round, and empty its sums."
@@ -926,29 +951,25 @@ def ids(self:RingSums, slot:int, template:str, provenance:dict)->SpatialIDs: # o
                       slot=SLOTS[slot])
 
 # %% ../nbs/03_extraction.ipynb #e6f79d3c
-def _ring_checkpoint(sums, path, stamp):
-    "Writes the sums of a progressive extraction."
-    arrays = {f"{of}.{name}": array for of in ("whole", "now") for name, array in getattr(sums, of).items()}
-    arrays |= dict(of_rounds=sums.of_rounds, squares=sums.squares, pictures=np.array(sums.pictures))
-    write_bytes(path, safetensors.numpy.save(arrays, metadata={"checkpoint": json.dumps(stamp)}))
+@patch
+def save(self:RingSums, path, stamp:dict)->Path:
+    "Write a checkpoint in one step."
+    arrays = {f"{of}.{name}": array for of in ("whole", "now") for name, array in getattr(self, of).items()}
+    arrays |= dict(of_rounds=self.of_rounds, squares=self.squares, pictures=np.array(self.pictures))
+    return write_checkpoint(path, arrays, stamp)
 
-def _ring_resume(sums, path, stamp):
-    "Reads them again where there are some. ValueError for those of another extraction."
-    if not Path(path).exists(): return
-    arrays, found = read_safetensors(path, "checkpoint")
-    if different := [key for key in stamp if found.get(key) != stamp[key]]:
-        raise ValueError(f"the checkpoint {path} belongs to another extraction (different {', '.join(different)}): "
-                         "delete it, or give another path")
-    sums.start(arrays["of_rounds"].shape[-1])
-    for name, array in arrays.items():
+@patch
+def load(self:RingSums, path, stamp:dict):
+    "Go on from a checkpoint; from nothing where there is no such file. ValueError if it is of another extraction."
+    for name, array in read_checkpoint(path, stamp).items():
         of, _, key = name.rpartition(".")
-        if of: getattr(sums, of)[key][...] = array
-        else: setattr(sums, name, array.copy())
-    sums.pictures = int(sums.pictures)
+        if of: getattr(self, of)[key] = array
+        else: setattr(self, name, array if array.ndim else int(array))
 
-def _until_reliable(vlm, scenes, sums, template, target, most, at_once, save):
+def _until_reliable(vlm, scenes, sums, template, target, most, at_once, save, save_every):
     "Adds pictures, round by round, until the IDs are reliable or there are as many as allowed. The last reading."
     candidates = [layer for layer in middle_layers(vlm.n_layers) if layer in sums.layers] or sums.layers
+    saved = time.monotonic()
     while True:
         begun = sums.pictures % scenes.round
         if sums.pictures and not begun:
@@ -958,7 +979,9 @@ def _until_reliable(vlm, scenes, sums, template, target, most, at_once, save):
         asked = [scene.queries(template) for scene in some]
         phi = capture_shared(vlm, sum(asked, []), sums.layers)
         for scene, of_scene in zip(some, np.split(phi, len(some))): sums.add(scene, of_scene)
-        save()
+        if time.monotonic() - saved > save_every:
+            save()
+            saved = time.monotonic()
 
 
 def extract_rings(
@@ -969,7 +992,8 @@ def extract_rings(
     target:float=0.99, # reliability at which to end
     most:int=400, # pictures at most; at least a round is taken
     at_once:int=4, # pictures in a pass
-    checkpoint=None, # file to resume from, written after each pass
+    checkpoint=None, # file to resume from; written every `save_every` seconds, when interrupted, and at the end
+    save_every:float=30.0,
 )->dict: # {"first", "second": SpatialIDs}
     """Spatial IDs of both slots from packed questions, until they are reliable.
 
@@ -979,14 +1003,19 @@ def extract_rings(
     exchanged(template) # both marks are there
     layers = whole_layers(layers) or list(range(1, vlm.n_layers + 1))
     sums = RingSums(scenes.names, scenes.m, layers, scenes.round)
-    settings = dict(template=template, layers=layers, scenes=scenes.describe(), at_once=at_once)
-    stamp = {"format": 1, "weights": vlm.weight_hash, **settings}
-    if checkpoint: _ring_resume(sums, checkpoint, stamp)
-    save = partial(_ring_checkpoint, sums, checkpoint, stamp) if checkpoint else lambda: None
-    layer, found = _until_reliable(vlm, scenes, sums, template, target, most, at_once, save)
+    settings = dict(template=template, layers=layers, at_once=at_once)
     asked = scenes[0].queries(template)
+    stamp = stamp_of(vlm, [scenes.describe()], [asked[0].image], **settings)
+    if checkpoint: sums.load(checkpoint, stamp)
+    save = partial(sums.save, checkpoint, stamp) if checkpoint else lambda: None
+    try: layer, found = _until_reliable(vlm, scenes, sums, template, target, most, at_once, save, save_every)
+    except KeyboardInterrupt:
+        if sums.pictures and sums.sound: save()
+        raise KeyboardInterrupt(stopped(sums.pictures, most, checkpoint)) from None
+    save()
     passes = sums.pictures if can_share(vlm, asked, together(asked)) else sums.pictures * scenes.k
-    origin = make_provenance(vlm, images=sums.pictures, passes=passes, reliability=found, at_layer=layer, **settings)
+    origin = make_provenance(vlm, images=sums.pictures, passes=passes, reliability=found, at_layer=layer,
+                             scenes=scenes.describe(), **settings)
     return {name: sums.ids(slot, template, origin) for slot, name in enumerate(SLOTS)}
 
 # %% ../nbs/03_extraction.ipynb #c4539bde

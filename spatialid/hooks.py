@@ -560,12 +560,16 @@ def _batch(self:VLM, queries, start, total, layers, groups):
     for layer, (group, new) in (edit for inside in self._edits for edit in inside.edits.items()):
         where = find(group)
         edits.setdefault(layer, []).append((where, self._new(new, layer, group, where.shape, start, total)))
-    receivers, stream = self._receivers({*layers, *edits}, "pixel_values" in batch)
-    hooks = [(module, _hook(rows if layer in layers else None, edits.get(layer, ()), kept, layer, stream))
-             for layer, module in receivers.items()]
-    kept["logits"] = self._forward(batch, queries, hooks)
+    kept["logits"] = self._forward(batch, queries, self._hooks(batch, rows, layers, edits, kept))
     if places: kept["rows"] = rows - torch.tensor(pad, device=self.device)[:, None]
     return kept, {group: where.shape[1] for group, where in places.items()}
+
+@patch
+def _hooks(self:VLM, batch, rows, layers, edits, kept):
+    "[(module, hook)] for a pass over a batch: those of `layers` keep `rows` in `kept`, those of `edits` change rows."
+    receivers, stream = self._receivers({*layers, *edits}, "pixel_values" in batch)
+    return [(module, _hook(rows if layer in layers else None, edits.get(layer, ()), kept, layer, stream))
+            for layer, module in receivers.items()]
 
 @patch
 def _forward(self:VLM, batch, queries, hooks):
@@ -588,10 +592,7 @@ def keep_rows(self:VLM,
 ) -> dict: # {layer: (B, P, d)}
     "One pass over a batch, with no edits, that keeps rows of the residual stream. ValueError for an unknown layer."
     layers, kept = self.check_layers(layers), {}
-    receivers, stream = self._receivers({*layers}, "pixel_values" in batch)
-    hooks = [(module, _hook(rows if layer in layers else None, (), kept, layer, stream))
-             for layer, module in receivers.items()]
-    with self._alone(): self._forward(batch, [], hooks)
+    with self._alone(): self._forward(batch, [], self._hooks(batch, rows, layers, {}, kept))
     return kept
 
 # %% ../nbs/00_hooks.ipynb #caa7570e

@@ -26,12 +26,12 @@ from .claims import VERDICTS, claims as claims_of, own_claims
 from .extraction import SpatialIDs, extract, plot_ids, subsample
 from .hooks import VLM
 from .organisms import RECIPES, build, training_log
-from .plots import dot, frame
+from .plots import GROUP_COLOURS, dot, frame
 from .questions import questions
 from .registry import BUNDLED, bundled
 from .scenes import FreeScenes, GridScenes, grid_pairs
 from .stats import as_text, bootstrap, markdown_table, not_judged, number_table, rng
-from .steering import ARM_COLOURS, adversarial, fig9_numbers, plot_bars
+from .steering import adversarial, fig9_numbers, plot_bars, plot_dose, plot_line
 from .store import OKABE_ITO, load_results, provenance, read_results, results_dir, results_root, write_json
 from .sweeps import sweep
 
@@ -387,7 +387,7 @@ def plot_fig9(
         ax.set(xlabel=label, title=f"ρ = {as_text(rho[reading])}" if rho else "")
         ax.axhline(0.5, color="0.6", linewidth=0.8, linestyle="--")
     panels[0].set_ylabel("right answers")
-    panels[3].legend(fontsize=8, loc="lower right")
+    fig.legend(*panels[3].get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=7)
 
 # %% ../nbs/13_models.ipynb #1f14101b
 def correlations_table(rows:dict) -> str: # {what: of `correlations`}
@@ -429,9 +429,8 @@ def grid_scores() -> tuple: # {model: {value, low, high, n}}, the same in Markdo
 def _draw_band(ax, found):
     "Belief shift by layer of image, object words and last token (Fig. 4A), from the results of notebook 02."
     layers, curves = np.array(found["layers"]), found["fig4a"]["curves"]
-    for name, colour in (("image", OKABE_ITO[0]), ("objects", OKABE_ITO[2]), ("last token", OKABE_ITO[7])):
-        ax.plot(layers, curves[name]["value"], marker="o", markersize=dot(layers), color=colour, label=name)
-        ax.fill_between(layers, curves[name]["low"], curves[name]["high"], color=colour, alpha=0.18, linewidth=0)
+    for name in ("image", "objects", "last token"):
+        plot_line(ax, layers, curves[name], size=dot(layers), color=GROUP_COLOURS[name], label=name)
     frame(ax, layers)
     n = curves["image"]["n"]
     ax.set(ylabel="belief shift", title=f"Who decides, by layer ({n} pairs of pictures)")
@@ -445,19 +444,13 @@ def _draw_grid(ax, ids, layer, n):
 
 def _draw_dose(ax, dose):
     "Share of swapped beliefs by dose at the chosen layer (Fig. 2), from the results of notebook 04."
-    k, alphas = dose["layers"].index(dose["chosen"]["layer"]), dose["alphas"]
-    for arm in ("ID", "noise", "permuted places"):
-        by_alpha = [dose["by_alpha"][str(alpha)][arm][k] for alpha in alphas]
-        value, low, high = ([one[key] for one in by_alpha] for key in ("value", "low", "high"))
-        ax.plot(alphas, value, marker="o", markersize=4, color=ARM_COLOURS[arm], label=arm)
-        ax.fill_between(alphas, low, high, color=ARM_COLOURS[arm], alpha=0.15, linewidth=0)
+    by_alpha = {float(alpha): arms for alpha, arms in dose["by_alpha"].items()}
+    plot_dose(ax, by_alpha, dose["layers"].index(dose["chosen"]["layer"]))
     ceiling = dose["ceiling"]["best layer, chosen on half"]["whole words"]["value"]
     ax.axhline(ceiling, color="0.3", linestyle="--", linewidth=1, label="ceiling (left/right)")
-    ax.set(xscale="log", ylim=(-0.03, 1.05), xlabel="dose α", ylabel="beliefs swapped",
+    ax.set(ylim=(-0.03, 1.05), xlabel="dose α", ylabel="beliefs swapped",
            title=f"Steered at layer {dose['chosen']['layer']} ({dose['chosen']['ID']['n']} questions)")
-    ax.set_xticks(alphas, [f"{alpha:g}".lstrip("0") for alpha in alphas])
-    ax.minorticks_off()
-    ax.legend(fontsize=8, loc=(0.5, 0.55))
+    ax.legend(fontsize=8, loc=(0.5, 0.55), frameon=True, framealpha=1, edgecolor="none")
 
 def plot_headline(
     fig, # matplotlib figure

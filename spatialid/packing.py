@@ -149,11 +149,11 @@ def word_places(
 
 def capture_shared(
     vlm:VLM,
-    queries:list, # k about each picture, one picture after another
+    queries:list, # those about one picture hold the same picture object
     layers:list, # ℓ, 1 to N
     marks:tuple=("subject", "object"), # marked words
 ) -> np.ndarray: # (query, mark, layer, d), single precision at least
-    """The residual stream at words of questions that share their pictures, one pass per call.
+    """The residual stream at words of questions that share their pictures, as many about each; one pass per call.
 
     Where the questions cannot be packed (see `can_share`) each is run by itself. ValueError as `vlm.run`."""
     groups = together(queries)
@@ -161,8 +161,9 @@ def capture_shared(
         run = vlm.run(queries, layers=layers, at=marks, batch_size=len(queries))
         phi = torch.stack([run.residuals[layer] for layer in layers], dim=2)
     else:
-        batch, ends = packed_batch(vlm, queries, groups)
-        rows = word_places(vlm, [queries[i] for group in groups for i in group], ends, marks)
-        kept = vlm.keep_rows(batch, rows.reshape(len(groups), -1), layers)
+        packed, (batch, ends) = sum(groups, []), packed_batch(vlm, queries, groups)
+        rows = word_places(vlm, [queries[i] for i in packed], ends, marks).reshape(len(groups), -1)
+        kept = vlm.keep_rows(batch, rows, layers)
         phi = torch.stack([kept[layer] for layer in layers], dim=2).unflatten(1, (-1, len(marks))).flatten(0, 1)
+        phi = phi[np.argsort(packed)]  # in the order of the queries
     return phi.to("cpu", torch.promote_types(phi.dtype, torch.float32)).numpy()

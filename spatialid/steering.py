@@ -539,17 +539,13 @@ def ceiling_numbers(
 # %% ../nbs/04_steering.ipynb #b4f5d056
 def plot_dose(
     ax, # matplotlib axes
-    swaps:dict, # {α: {arm: (L, B)}}
+    numbers:dict, # {α: {arm: [{value, low, high}] of L}}, see `wilson_by_layer`
     k:int, # index of the layer
-    which, # questions: slice or mask
 ):
-    """Share of swapped beliefs by dose at one layer, with Wilson intervals; the paper's α marked."""
-    alphas = sorted(swaps)
+    """Share of swapped beliefs by dose at one layer, with intervals; the paper's α marked."""
+    alphas = sorted(numbers)
     for arm in ("ID", "noise", "permuted places"):
-        found = [wilson(swaps[a][arm][k][which]) for a in alphas]
-        value, low, high = ([one[key] for one in found] for key in ("value", "low", "high"))
-        ax.plot(alphas, value, marker="o", markersize=4, color=ARM_COLOURS[arm], label=arm)
-        ax.fill_between(alphas, low, high, color=ARM_COLOURS[arm], alpha=0.15, linewidth=0)
+        plot_line(ax, alphas, [numbers[a][arm][k] for a in alphas], label=arm, color=ARM_COLOURS[arm])
     ax.axvline(5, color="0.4", linestyle=":", linewidth=1.2, label="paper's α = 5")
     ax.set(xscale="log", ylim=(-0.03, 1.03), xlabel="α")
     ax.set_xticks(alphas, [f"{a:g}".lstrip("0") for a in alphas])
@@ -601,10 +597,10 @@ def plot_dose_choice(
     name:str, # of the model
 ):
     "Swaps by dose at the chosen layer and its neighbours, and the numbers at the chosen dose."
-    n, (best, paper) = len(shown), rows.values()
+    n, (best, paper), by_alpha = len(shown), rows.values(), wilson_by_layer(swaps, slice(n_choice, None))
     fig, panels = plt.subplots(1, n + 1, figsize=(2.1 * n + 5, 3.8), width_ratios=[1] * n + [1.6])
     for ax, layer in zip(panels, shown):
-        plot_dose(ax, swaps, layers.index(layer), slice(n_choice, None))
+        plot_dose(ax, by_alpha, layers.index(layer))
         ax.set_title(f"layer {layer}", fontsize=10)
         ax.tick_params(labelsize=8, labelleft=layer == shown[0])
     chosen = panels[shown.index(best["layer"])]

@@ -213,6 +213,17 @@ def test_nothing_private_or_unfinished():
     assert not found
 
 
+def test_a_cell_that_shows_a_figure_has_it():
+    "A notebook executed without pictures is one that nobody can read."
+    without = []
+    for path, cell in cells():
+        shows = cell.cell_type == "code" and re.search(r"^ *plt\.show\(\)", cell.source, re.M)
+        if not shows or re.search(r"^#\| *(export|eval: *false)|^ *(if|def) ", cell.source, re.M): continue
+        shown = [output for output in cell.outputs if "image/png" in output.get("data", {})]
+        if not shown: without.append((path.stem, cell.id))
+    assert not without, "execute the notebook with the inline backend, not with MPLBACKEND=Agg"
+
+
 # --- the site
 
 @pytest.fixture(scope="module")

@@ -126,7 +126,7 @@ def test_rings_end_when_they_are_reliable_and_go_on_from_a_checkpoint(family, tm
         return plain(*given)
     monkeypatch.setattr(extraction, "capture_shared", stops)
     kept = dict(target=2., most=8, at_once=3, checkpoint=tmp_path / "ring")
-    with pytest.raises(KeyboardInterrupt): extract_rings(vlm, scenes, **kept)
+    with pytest.raises(KeyboardInterrupt, match="goes on from"): extract_rings(vlm, scenes, **kept)
     again = extract_rings(vlm, scenes, **kept)
     assert all(np.array_equal(again[name].table, found[name].table) for name in found)
     other = RingScenes(OBJECTS[:4], k=4, m=2, px=16, sizes=(100,), seed=1)
@@ -140,3 +140,5 @@ def test_extract_takes_rings_too(monkeypatch):
     found = extract(vlm, scenes, layers=[1], slot="second")
     assert found.slot == "second" and found.layers == [1] and found.provenance["params"]["images"] == 4
     with pytest.raises(ValueError, match="slot"): extract(vlm, scenes, slot="third")
+    for unknown in ({"protocol": "released"}, {"pair_layers": [1]}):
+        with pytest.raises(ValueError, match="rings have no pairs of their own"): extract(vlm, scenes, **unknown)

@@ -571,7 +571,7 @@ def test_figures_of_the_dose():
     shares = {"ID": 1.0, "noise": 0.0, "permuted places": 0.5}
     of_arms = {arm: np.full((2, 6), v) for arm, v in shares.items()}
     swaps = {a: of_arms for a in st.DOSES}
-    st.plot_dose(curve, swaps, 1, slice(3, None))
+    st.plot_dose(curve, st.wilson_by_layer(swaps, slice(3, None)), 1)
     assert [line.get_label() for line in curve.lines] == ["ID", "noise", "permuted places", "paper's α = 5"]
     assert [t.get_text() for t in curve.get_xticklabels()] == [".25", ".5", "1", "2", "5", "10"]
     assert np.allclose(curve.lines[0].get_ydata(), 1)
