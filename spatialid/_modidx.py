@@ -1702,6 +1702,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'spatialid.store._versions': ('lib/store.html#_versions', 'spatialid/store.py'),
                                  'spatialid.store.agree': ('lib/store.html#agree', 'spatialid/store.py'),
                                  'spatialid.store.as_before': ('lib/store.html#as_before', 'spatialid/store.py'),
+                                 'spatialid.store.in_short': ('lib/store.html#in_short', 'spatialid/store.py'),
                                  'spatialid.store.load_results': ('lib/store.html#load_results', 'spatialid/store.py'),
                                  'spatialid.store.moved': ('lib/store.html#moved', 'spatialid/store.py'),
                                  'spatialid.store.own_results_dir': ('lib/store.html#own_results_dir', 'spatialid/store.py'),
