@@ -13,7 +13,7 @@ import operator
 import os
 import textwrap
 from collections import Counter
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 from .registry import FLAGSHIP
@@ -126,22 +126,24 @@ def _at(results, key):
     return results
 
 # %% ../nbs/lib/claims.ipynb #600828ee
-def _results_of(model, notebook):
-    "What a notebook found for a model, of a quick run where there is no full one; None if it has not run."
+def _results_of(model, notebook, quick=False):
+    "What a notebook found for a model, of a full run where there is one (`quick`: in short); None if it has not run."
     folder, file = results_dir(model), f"{notebook}.json"
-    path = next((p for p in (folder/file, folder/"quick"/file) if p.is_file()), None)
+    places = (folder/"quick"/file, folder/file) if quick else (folder/file, folder/"quick"/file)
+    path = next((place for place in places if place.is_file()), None)
     return path and read_results(path)
 
-def _found(rule, results):
+def _found(rule, results, quick=False):
     """What results say of a claim: the numbers of its parts, or why there are none; nothing where it was left out."""
     origin = results.get("provenance", {})
     numbers = [_at(results, part["key"]) for part in _parts(rule)]
-    if origin.get("params", {}).get("quick"): return {"why": "only a quick run so far", "origin": origin}
+    if origin.get("params", {}).get("quick") and not quick:
+        return {"why": "only a quick run so far", "origin": origin}
     if not all(isinstance(number, dict) for number in numbers): return {} # or ran before there was this claim
     number, found, why = _decide(numbers, rule)
     return {"number": number, "verdict": found, "why": why, "origin": origin}
 
-def _judged_on(rule, model, results_of):
+def _judged_on(rule, model, results_of, quick):
     """What was found of a claim on `model`, else on the model that its rule names.
 
     What is not judged on the first may be on the second; where it is on neither, the last one says why."""
@@ -149,14 +151,14 @@ def _judged_on(rule, model, results_of):
     last = {}
     for name in dict.fromkeys((*own, rule.get("model", model))):
         results = results_of(name, rule["notebook"])
-        found = _found(rule, results) if results is not None else {}
+        found = _found(rule, results, quick) if results is not None else {}
         if "number" in found and found["verdict"] != "not judged": return found
         last = found or last
     return last
 
-def _row(claim, model, results_of):
+def _row(claim, model, results_of, quick):
     "A claim with what was found for `model`."
-    found = _judged_on(claim["rule"], model, results_of) if claim["rule"] else {}
+    found = _judged_on(claim["rule"], model, results_of, quick) if claim["rule"] else {}
     origin, number = found.get("origin", {}), found.get("number", {})
     judged = found.get("verdict", "not judged") != "not judged"
     ours = {key: number.get(key) if judged else None for key in ("value", "low", "high", "n")}
@@ -167,21 +169,23 @@ def _row(claim, model, results_of):
 
 def claims(
     model:str=FLAGSHIP, # whose results to compare
+    quick:bool=False, # of runs in short where there are any, else of full ones
 ) -> list: # dicts: the entry of `register` with value, low, high, n, model, organism, protocol, verdict, why
     """Every claim with what was found, by `model` or by the model that the claim's rule names.
 
     A rule with `named` is about models with that in their name. Verdict: one of VERDICTS, or "not yet run"; `why` says
     what is missing where a claim is not judged."""
-    results_of = cache(_results_of)  # many claims read one file
-    return [_row(claim, model, results_of) for claim in register().values()]
+    results_of = cache(partial(_results_of, quick=quick))  # many claims read one file
+    return [_row(claim, model, results_of, quick) for claim in register().values()]
 
 def own_claims(
     model:str, # with results
+    quick:bool=False, # see `claims`
 ) -> dict: # id -> row of `claims`
     """The claims that were judged on `model` itself, not on one that the claim's rule names."""
     home = cache(results_dir)
     def own(row): return row["value"] is not None and home(row["model"]) == home(model)
-    return {row["id"]: row for row in claims(model) if own(row)}
+    return {row["id"]: row for row in claims(model, quick) if own(row)}
 
 # %% ../nbs/lib/claims.ipynb #db8c51b7
 def _ours(row):
@@ -256,11 +260,12 @@ def register_markdown() -> str:
 
 def claims_table(
     models:list, # names with results; "models" for what is measured over all of them
+    quick:bool=False, # see `claims`
 ) -> str:
     """The claims of several models for a terminal: a line for each claim, a column for each model.
 
     What was judged on that model itself."""
-    own = {name: own_claims(name) for name in models}
+    own = {name: own_claims(name, quick) for name in models}
     def mark(rows, id): return VERDICTS[rows[id]["verdict"]] if id in rows else "·"
     lines = [" " * 18 + "".join(f"{i:>3}" for i in range(1, len(own) + 1))]
     lines += [f"{id:<18}" + "".join(f"{mark(rows, id):>3}" for rows in own.values()) for id in register()]

@@ -173,7 +173,7 @@ def test_reproduce_continues_after_ctrl_c(lab):
     lab.notebook("02_b", "import time, pathlib\npathlib.Path('started').touch()\n"
                          "if not pathlib.Path('go').exists(): time.sleep(120)")
     lab.notebook("12_bench", "1/0")
-    first = lab.start("reproduce", "--models", lab.toy)
+    first = lab.start("reproduce", "--full", "--models", lab.toy)
     deadline = time.time() + 300
     while not (lab.root/"nbs"/"started").exists() and time.time() < deadline and first.poll() is None: time.sleep(.1)
     first.send_signal(signal.SIGINT)
@@ -182,7 +182,7 @@ def test_reproduce_continues_after_ctrl_c(lab):
     assert "Interrupted in 02_b · toy. Finished: 01_a · toy. The same command continues from here." in err
 
     (lab.root/"nbs"/"go").touch()
-    second = lab.start("reproduce", "--models", lab.toy)
+    second = lab.start("reproduce", "--full", "--models", lab.toy)
     out, err = second.communicate(timeout=300)
     assert second.returncode == 0, err
     assert "01_a · toy: already done" in out and "02_b · toy: done in" in out and "0 holds" in out
@@ -208,13 +208,13 @@ def test_small_models_run_side_by_side(lab, capfd, monkeypatch):
     lab.notebook("02_b", "assert open('03_extraction.done').read() == 'yes'", needs=["03_extraction"], **parameters)
     lab.notebook("03_extraction", MEET.format(me="03_extraction", other="01_a"),
                  "time.sleep(1); open('03_extraction.done', 'w').write('yes')", **parameters)
-    code = runner.reproduce(["llava-tiny"])
+    code = runner.reproduce(["llava-tiny"], full=True)
     err = capfd.readouterr().err
     assert code == 0 and " cells [" not in err, err
     runs = lab.root/"results"/"llava-tiny"/".runs"
     records = {path.stem: list(json.loads(path.read_text())["files"]) for path in runs.glob("*.json")}
     assert records == {"01_a": ["01_a.json"], "02_b": [], "03_extraction": ["03_extraction.json"]}
-    assert runner.reproduce(["llava-tiny"]) == 0 and capfd.readouterr().out.count("already done") == 3
+    assert runner.reproduce(["llava-tiny"], full=True) == 0 and capfd.readouterr().out.count("already done") == 3
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
@@ -223,7 +223,7 @@ def test_whatever_ends_reproduce_ends_the_kernels_too(lab, how):
     for name in ("01_a", "02_b"):
         code = f"import os, time; open('{name}.pid', 'w').write(str(os.getpid()))\ntime.sleep(120)"
         lab.notebook(name, code, parameters='model = "llava-tiny"')
-    run = lab.start("reproduce", "--models", "llava-tiny")
+    run = lab.start("reproduce", "--full", "--models", "llava-tiny")
     deadline, started = time.time() + 300, lambda: [p for p in (lab.root/"nbs").glob("*.pid") if p.read_text()]
     while len(started()) < min(2, os.cpu_count()) and time.time() < deadline and run.poll() is None: time.sleep(.1)
     run.send_signal(how)
@@ -239,7 +239,7 @@ def test_whatever_ends_reproduce_ends_the_kernels_too(lab, how):
 @pytest.mark.slow
 def test_a_killed_worker_is_one_sentence(lab, capsys):
     lab.notebook("01_a", "import os, signal, time; os.kill(os.getppid(), signal.SIGKILL); time.sleep(60)")
-    err = fails(capsys, 1, "reproduce", "--models", lab.toy)
+    err = fails(capsys, 1, "reproduce", "--full", "--models", lab.toy)
     assert "01_a · toy was killed" in err and "the same command continues" in err
 
 
@@ -248,7 +248,7 @@ def test_done_depends_on_code_weights_and_files(lab):
     lab.notebook("01_a", 'from spatialid.store import save_results\nsave_results(model, "01_a", {"n": n}, {})')
     path = runner.find_notebook("1")
     assert not runner.is_done(path, lab.toy)
-    assert runner.reproduce([lab.toy]) == 0 and runner.is_done(path, lab.toy)
+    assert runner.reproduce([lab.toy], full=True) == 0 and runner.is_done(path, lab.toy)
     result = lab.root/"results/toy/01_a.json"
     kept = result.read_text()
     result.unlink()
@@ -270,12 +270,12 @@ def test_done_depends_on_code_weights_and_files(lab):
 def test_failure_does_not_stop_the_others(lab, capsys):
     lab.notebook("01_a", "1/0")
     lab.notebook("02_b", "1")
-    assert runner.reproduce([lab.toy]) == 1
+    assert runner.reproduce([lab.toy], full=True) == 1
     out, err = capsys.readouterr()
     assert "02_b · toy: done" in out and "Failed: 01_a · toy" in err
 
 
-@pytest.mark.parametrize("args", [("run", "1"), ("reproduce", "--models", "toy")])
+@pytest.mark.parametrize("args", [("run", "1"), ("reproduce", "--full", "--models", "toy")])
 def test_results_folder_that_cannot_be_written(lab, capsys, args):
     "A file stands where the folder should be: the same for every user, root included."
     lab.notebook("01_a", "open('ran', 'w')")
@@ -407,31 +407,77 @@ save_results(model, name, {"n": n, "before": before}, {"params": {"quick": quick
 
 @pytest.mark.slow
 def test_a_model_in_short(lab, capsys):
-    """Only 02 to 04, with quick=True, into a folder of their own.
+    """The notebooks that have a short form, with quick=True, into a folder of their own.
 
     A short run reads what short runs wrote; the same command again does nothing."""
-    for name, n in (("02_mirror_swap", 1), ("03_extraction", 3), ("04_steering", 2), ("05_depth", 4)):
+    for name, n in (("02_mirror_swap", 1), ("03_extraction", 3), ("04_steering", 2)):
         lab.notebook(name, SAVES, parameters=f'model = "toy"\nname = "{name}"\nn = {n}\nquick = False')
+    lab.notebook("10_organisms", "raise SystemExit(3)", parameters='model = "toy"')
     full = lab.root/"results"/"toy"/"03_extraction.json"
     full.parent.mkdir(parents=True)
     full.write_text('{"n": "of a full run"}')
-    assert cli.main(["reproduce", "--short", "toy"]) == 0
+    assert cli.main(["reproduce", "--models", "toy"]) == 0
     quick = full.parent/"quick"
     assert sorted(path.stem for path in quick.glob("*.json")) == ["02_mirror_swap", "03_extraction", "04_steering"]
     found = store.read_results(quick/"04_steering.json")
     assert found == {"provenance": {"params": {"quick": True}}, "n": 2, "before": 3}
     assert "of a full run" in full.read_text()
     out = capsys.readouterr().out
-    assert "03_extraction · toy (short): done" in out and f"numbers and figures in {quick}" in out
-    assert cli.main(["reproduce", "--short", "toy"]) == 0
+    assert "03_extraction · toy (short): done" in out and f"numbers and figures are in {quick}" in out
+    assert cli.main(["reproduce", "--models", "toy"]) == 0
     assert capsys.readouterr().out.count("already done") == 3
+
+
+@pytest.mark.slow
+def test_full_is_the_size_of_the_stored_results(lab):
+    """With the numbers that they were made with, and nothing else of what they were made with.
+
+    The second time nothing runs; -p wins over both."""
+    save = ('from spatialid.store import save_results\nparams = dict(n=n, px=px, sizes=sizes, quick=quick)\n'
+            'save_results(model, "01_a", {"got": [n, px, sizes]}, {"params": params})')
+    lab.notebook("01_a", save,
+                 parameters='model = "toy"\nn = 3\npx = None\nsizes = [1]\nquick = True')
+    path, stored = runner.find_notebook("1"), lab.root/"results"/"toy"/"01_a.json"
+    assert runner.sizes(path, lab.toy) == {"quick": False} and runner.sizes(path, lab.toy, True) == {"quick": True}
+    made = {"n": 7, "px": 80, "sizes": [1, 2], "quick": False, "gone": 5}
+    store.save_results(lab.toy, "01_a", {}, {"params": {**made, "benchmark": "a/folder/of/somebody"}})
+    assert runner.sizes(path, lab.toy) == {"n": 7, "px": 80, "sizes": [1, 2], "quick": False}
+    def got(*args): return cli.main([*args]) or store.read_results(stored)["got"]
+    assert got("reproduce", "--full", "--models", lab.toy) == [7, 80, [1, 2]] and runner.is_done(path, lab.toy)
+    assert got("run", "1", "--model", lab.toy, "--full", "-p", "n=4") == [4, 80, [1, 2]]
+    assert cli.main(["run", "1", "--model", lab.toy]) == 0
+    assert store.read_results(stored.parent/"quick"/"01_a.json")["got"] == [3, None, [1]], "short is the default"
+
+
+def test_claims_of_a_run_in_short(lab, capsys):
+    write_claims(lab, claim())
+    def write(value, quick):
+        numbers = {"claims": {"x": {"value": value, "low": value - .1, "high": value + .1, "n": 2}}}
+        store.in_short(quick)
+        store.save_results("toy", "01_a", numbers, {"model": "toy", "params": {"quick": quick}})
+        store.in_short(False)
+    write(-1, True)
+    assert runner.claims("toy")[0]["why"] == "only a quick run so far"
+    write(1, False)
+    assert [runner.claims("toy", quick)[0]["verdict"] for quick in (False, True)] == ["holds", "fails"]
+    assert cli.main(["claims", "--model", "toy", "--quick"]) == 0 and "fails" in capsys.readouterr().out
+
+
+def test_a_run_in_short_takes_ids_of_one(lab, capsys):
+    lab.notebook("03_c", parameters='model = "toy"\nquick = True')
+    lab.notebook("04_d", needs=["03_extraction"], parameters='model = "toy"\nquick = True')
+    ids = lab.root/"results"/"toy"/"quick"/"spatial_ids.safetensors"
+    ids.parent.mkdir(parents=True)
+    ids.write_bytes(b"")
+    path = runner.find_notebook("04")
+    assert cli._checked_model(path, lab.toy, True) == lab.toy
+    assert "--full` first" in fails(capsys, 2, "run", "04", "--full", "--model", "toy")
 
 
 def test_what_reproduce_runs_unless_told():
     parse = lambda *args: cli._wanted(cli._parser().parse_args(["reproduce", *args]))
-    assert parse() == (("llava-tiny", "onevision-tiny"), ("llava-smol",))
-    assert parse("--models", "a,b") == (["a", "b"], []) and parse("--short", "c") == ([], ["c"])
-    assert next(iter(parse("--models", "all")[0])) == "llava-smol", "the flagship is named first"
+    assert parse() == ("llava-smol", "onevision-tiny") and parse("--models", "a,b") == ["a", "b"]
+    assert next(iter(parse("--models", "all"))) == "llava-smol", "the flagship is named first"
 
 
 def test_models_take_turns(lab, monkeypatch):
@@ -445,7 +491,7 @@ def test_models_take_turns(lab, monkeypatch):
     def note(jobs, workers, *rest): runs.append(([(path.stem, Path(model).name) for path, model, _ in jobs], workers))
     monkeypatch.setattr(runner, "_run_all", note)
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
-    runner.reproduce(["llava-tiny", lab.toy, "gemma3-tiny", str(lab.root/"other")])
+    runner.reproduce(["llava-tiny", lab.toy, "gemma3-tiny", str(lab.root/"other")], full=True)
     turns = lambda *models: [(name, m) for name in ("01_a", "02_b") for m in models]
     assert runs == [(turns("llava-tiny", "gemma3-tiny"), 2), (turns("toy", "other"), 1)]
 
@@ -462,12 +508,12 @@ def test_the_claims_of_several_models_are_one_table(lab, capsys):
     number = lambda low: {"value": low + 1, "low": low, "high": low + 2, "n": 20}
     for name, found in (("toy", {"k": number(-1)}), ("other", {"k": number(1), "l": number(1)})):
         store.save_results(name, "01_a", {"claims": found}, {"model": name, "organism": True, "protocol": "paper"})
-    assert cli.main(["reproduce", "--models", f"{lab.toy},{lab.root/'other'}"]) == 0
+    assert cli.main(["reproduce", "--full", "--models", f"{lab.toy},{lab.root/'other'}"]) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["own", "?", "✓", "·"] in lines and ["named", "·", "✓", "·"] in lines, lines
     assert "1 toy: 0 hold, 0 fail, 1 undecided".split() in lines
     assert "2 other: 2 hold, 0 fail, 0 undecided".split() in lines
-    assert cli.main(["reproduce", "--models", lab.toy]) == 0
+    assert cli.main(["reproduce", "--full", "--models", lab.toy]) == 0
     counts = "1 holds, 0 fails, 1 undecided, 0 not judged, 0 not yet run (measured on toy: 1, other: 1)"
     assert counts in capsys.readouterr().out
 
@@ -478,8 +524,9 @@ def test_several_models_are_compared_at_the_end(lab, capsys):
     lab.notebook("13_models", f"open(r'{lab.root}/compared', 'w').write('yes')", parameters="seed = 0")
     (lab.root/"other").mkdir()
     (lab.root/"other"/"config.json").write_text("{}")
-    assert cli.main(["reproduce", "--models", lab.toy]) == 0 and not (lab.root/"compared").exists()
-    assert cli.main(["reproduce", "--models", f"{lab.toy},{lab.root/'other'}"]) == 0 and (lab.root/"compared").exists()
+    assert cli.main(["reproduce", "--full", "--models", lab.toy]) == 0 and not (lab.root/"compared").exists()
+    assert cli.main(["reproduce", "--full", "--models", f"{lab.toy},{lab.root/'other'}"]) == 0
+    assert (lab.root/"compared").exists()
     assert "13_models: done" in capsys.readouterr().out
 
 
@@ -607,7 +654,7 @@ save_results(model, "01_a", {"claims": {"x": dict(value=v, low=v - .1, high=v + 
     for folder in runs:
         folder.mkdir(parents=True)
         (folder/"config.json").write_text("{}")
-    assert cli.main(["reproduce", "--models", ",".join(map(str, runs))]) == 0
+    assert cli.main(["reproduce", "--full", "--models", ",".join(map(str, runs))]) == 0
     out = capsys.readouterr().out
     first, second = (store.results_dir(str(folder)).name for folder in runs)
     assert first == "ckpt" and f" {first}: 0 hold, 1 fail" in out and f" {second}: 1 hold, 0 fail" in out
