@@ -1,10 +1,10 @@
-# make reproduce · make check · make test · make docs · make bench · make families · make organisms · make prepare:
+# make reproduce · make check · make test · make docs · make preview · make bench · make families · make organisms · make prepare:
 # each first makes .venv if it is missing or out of date.
 PYTHON ?= python3
 BIN := .venv/bin
 unexport PYTHONDONTWRITEBYTECODE # a kernel, a worker, a test in a process of its own: each would compile everything anew
 
-.PHONY: env reproduce check test docs bench families organisms prepare
+.PHONY: env reproduce check test docs preview bench families organisms prepare
 
 env: .venv/.ready
 
@@ -30,6 +30,10 @@ check: env
 
 docs: env
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tools/make_docs.py
+
+# The same pages as plain HTML in _site/, for looking at them without Quarto.
+preview: docs
+	$(BIN)/python tools/preview.py
 
 bench: env
 	$(BIN)/spatialid run 12_bench

@@ -1,4 +1,5 @@
 "The repository agrees with itself: configurations, generated files, notebooks, site."
+import base64
 import hashlib
 import json
 import multiprocessing
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from fastcore.nbio import read_nb
 from nbdev import test as nbdev_test
 from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
@@ -21,6 +23,7 @@ import check_site
 import make_docs
 import make_metadata
 import make_readme
+import preview
 from spatialid.registry import bundled
 
 ROOT = Path(__file__).parents[1]
@@ -379,6 +382,55 @@ def test_pages_are_processed_up_to_the_render(processed):
 def test_a_cell_with_an_import_in_it_keeps_the_output_it_was_saved_with(processed):
     _, page, _ = processed
     assert [cell.outputs[0].text for cell in page.cells[-3:]] == ["as saved\n"] * 3
+
+
+def page_of(tmp_path, *cells):
+    "A notebook as nbdev reads it: of Markdown texts and of (code, its outputs)."
+    path = tmp_path/"page.ipynb"
+    made = [nbformat.v4.new_markdown_cell(cell) if isinstance(cell, str)
+            else nbformat.v4.new_code_cell(cell[0], outputs=cell[1]) for cell in cells]
+    nbformat.write(nbformat.v4.new_notebook(cells=made), path)
+    return read_nb(path)
+
+
+def test_the_functions_of_an_experiment_are_described_at_the_end_of_its_page(tmp_path):
+    nb = page_of(tmp_path, "# One", ("show_doc(f)", []), "Text.", ("f()", []), ("show_doc(g)", []))
+    make_docs.functions_last(nb)
+    assert [cell.source for cell in nb.cells] == ["# One", "Text.", "f()", make_docs.FUNCTIONS, "show_doc(f)",
+                                                  "show_doc(g)"]
+    nb = page_of(tmp_path, "# One", ("f()", []))
+    make_docs.functions_last(nb)
+    assert len(nb.cells) == 2, "no heading over nothing"
+    assert [bool(make_docs.STORY.fullmatch(stem)) for stem in ("02_mirror_swap", "13_models", "00_hooks", "index")] \
+        == [True, True, False, False]
+
+
+def test_the_preview_folds_code_and_keeps_outputs(tmp_path):
+    "Hidden code stays hidden, pictures are files with their caption and alternative text, tables are tables."
+    def shown(**data): return [nbformat.v4.new_output("execute_result", data=data)]
+    picture = {"image/png": base64.b64encode(b"a picture").decode(), "text/plain": "<F>"}
+    nb = page_of(tmp_path, "Text.", ("#| echo: false\nsecret()", shown(**{"text/markdown": "| a |"})),
+                 ("#| fig-cap: A curve\n#| fig-alt: It falls\nplot()", shown(**picture)),
+                 ("#| include: false\nnothing()", shown(**{"text/plain": "unseen"})),
+                 ("3 + 4", shown(**{"text/plain": "7"})))
+    text = preview.as_markdown(nb, "page", tmp_path)
+    assert "secret" not in text and "unseen" not in text and "<F>" not in text
+    assert "Text.\n\n| a |" in text and "```python\nplot()\n```" in text and "```\n7\n```" in text
+    assert '![A curve](ROOT/figures/page-2-0.png){fig-alt="It falls"}' in text
+    assert (tmp_path/"figures"/"page-2-0.png").read_bytes() == b"a picture"
+
+
+def test_the_preview_links_its_pages(tmp_path):
+    contents = ["index.ipynb", {"section": "Tools", "contents": ["lib/a_b.ipynb"]}]
+    config = {"website": {"sidebar": {"contents": contents}}}
+    site, pages = tmp_path/"site", tmp_path/"pages"
+    (pages/"lib").mkdir(parents=True)
+    site.mkdir()
+    (site/"template.html").write_text(preview.TEMPLATE)
+    (pages/"lib"/"a_b.md").write_text("# A\n\nTo [the start](../index.ipynb#top), $x^2$, [out](https://a.org/b.md).\n")
+    made = preview.render(pages/"lib"/"a_b.md", pages, site, config).read_text()
+    assert 'href="../index.html#top"' in made and 'href="https://a.org/b.md"' in made and "<math" in made
+    assert '<a href="../lib/a_b.html">a b</a>' in made and 'href="../styles.css"' in made
 
 
 @pytest.mark.parametrize("source, expected", [

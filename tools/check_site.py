@@ -25,7 +25,7 @@ KEYS = {where: set(keys.split()) for where, keys in {
     "website.sidebar": "id title subtitle logo style background foreground search collapse-level contents header "
                        "footer tools pinned alignment border",
     "format.html": "theme css toc toc-depth toc-location toc-title html-math-method code-copy code-overflow code-fold "
-                   "code-line-numbers highlight-style number-sections anchor-sections smooth-scroll "
+                   "code-summary code-line-numbers highlight-style number-sections anchor-sections smooth-scroll "
                    "link-external-newwindow page-layout grid fig-cap-location keep-md embed-resources mainfont",
 }.items()}
 TYPES = {"project": dict, "website": dict, "format": dict, "website.title": str, "website.navbar": dict,

@@ -23,6 +23,8 @@ from check_site import check
 from make_metadata import settings
 
 ROOT = Path(__file__).parents[1]
+STORY = re.compile(r"(0[2-9]|13)_\w+")  # experiments; of the other notebooks the functions are the subject
+FUNCTIONS = "## The functions of this page"
 EXPORTED = {"export", "exports", "exporti", "exec_doc"}
 
 
@@ -61,13 +63,23 @@ def link_outside(text, folder, ini):
     return re.sub(r"(?<!!)\[([^\]]*)\]\(([^)\s]+)\)", link, text)
 
 
-def link_pages(root):
-    "Rewrites the links of the processed pages that lead outside the site."
+def functions_last(nb):
+    "Puts the descriptions of exported functions at the end of a page: who reads a story wants none in between."
+    def describes(cell): return cell.cell_type == "code" and "show_doc(" in cell.source
+    story, described = ([cell for cell in nb.cells if describes(cell) == last] for last in (False, True))
+    if not described: return
+    heading = NbCell(len(story), {"cell_type": "markdown", "metadata": {}, "source": FUNCTIONS})
+    nb.cells = [*story, heading, *described]
+
+
+def finish_pages(root):
+    "Of the processed pages: links that lead outside the site, and in those of experiments functions at the end."
     pages, ini = root/"_proc", settings(root)
     for page in sorted(pages.rglob("*.ipynb")):
         nb, folder = read_nb(page), page.parent.relative_to(pages)
         for cell in nb.cells:
             if cell.cell_type == "markdown": cell.source = link_outside(cell.source, folder, ini)
+        if STORY.fullmatch(page.stem): functions_last(nb)
         write_nb(nb, page)
 
 
@@ -95,7 +107,7 @@ def process(root):
     with (mock.patch.object(nbdev.serve, "FilterDefaults", Pages),
           mock.patch.object(nbdev.processors, "get_config", once)):
         nbdev.serve.proc_nbs(symlinks=True, n_workers=0)  # follows nbs/results
-    link_pages(root)
+    finish_pages(root)
     pages = [p.relative_to("nbs") for pattern in ("*.ipynb", "lib/*.ipynb") for p in sorted(Path("nbs").glob(pattern))]
     missing = [page for page in pages if not Path("_proc", page).is_file()]
     return check(root) + [f"_proc/{page} was not made: remove _proc and run `make docs` again" for page in missing]
