@@ -67,7 +67,7 @@ LAYERS = (
     {"benchmarks"},
     {"organisms", "language", "trainer", "cards"},  # how models are made: one level, they call each other
     {"mirror_swap", "steering", "depth", "diagnosis", "finetune", "temporal", "theory"},
-    {"models", "bench", "runner"},
+    {"models", "bench", "runner", "pad"},
     {"cli"},
 )
 # modules that import from their own level

@@ -35,7 +35,7 @@ main { max-width: 52rem; padding: 1rem 2rem; min-width: 0; flex: 1; }
 pre { background: #f6f6f6; padding: .6rem; overflow-x: auto; font-size: 14px; }
 table { border-collapse: collapse; } td, th { border-bottom: 1px solid #ddd; padding: 3px 8px; text-align: left; }
 math[display=block] { overflow-x: auto; }
-@media (max-width: 700px) { body { display: block; } nav.site { width: auto; } main { padding: 1rem; } }
+@media (max-width: 700px) { body { flex-direction: column-reverse; } nav.site { width: auto; } main { padding: 1rem; } }
 """
 
 
