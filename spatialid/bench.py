@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['QUESTION', 'WORK', 'WAYS', 'NAMES', 'SHAPES', 'TITLES', 'COLOURS', 'CURVES', 'Drawn', 'plain_inputs',
-           'plain_forwards', 'grid_for', 'time_extraction', 'peak_bytes', 'extract_and_measure', 'in_a_process',
-           'measure_memory', 'mebibytes', 'memory_table', 'machine', 'bench_path', 'stored_numbers', 'nnsight_version',
-           'write_bench', 'extraction_numbers', 'plot_extraction', 'progressive_numbers', 'llava_shaped', 'load',
-           'Work', 'queries', 'mirror_work', 'steering_work', 'forward', 'keep', 'overwrite', 'released',
-           'full_forward', 'nnsight_traces', 'ours', 'ways_of', 'clock', 'run_way', 'logit_difference', 'recomputed',
-           'row_weight', 'forward_equivalents', 'counts_table', 'spread', 'take_turns', 'total', 'ratios',
+           'plain_forwards', 'picture_side', 'grid_for', 'time_extraction', 'peak_bytes', 'extract_and_measure',
+           'in_a_process', 'measure_memory', 'mebibytes', 'memory_table', 'machine', 'bench_path', 'stored_numbers',
+           'nnsight_version', 'write_bench', 'extraction_numbers', 'plot_extraction', 'progressive_numbers',
+           'llava_shaped', 'load', 'Work', 'queries', 'mirror_work', 'steering_work', 'forward', 'keep', 'overwrite',
+           'released', 'full_forward', 'nnsight_traces', 'ours', 'ways_of', 'clock', 'run_way', 'logit_difference',
+           'recomputed', 'row_weight', 'forward_equivalents', 'counts_table', 'spread', 'take_turns', 'total', 'ratios',
            'scaling_error', 'about_work', 'sweep_times', 'difference64', 'device_bytes', 'way_and_measure',
            'way_memory', 'over_counts', 'growth', 'measure_sweep', 'sweep_numbers', 'sweep_table', 'sweep_tables',
            'scaling_errors', 'plot_ways', 'plot_growth', 'plot_sweeps', 'summary', 'main']
@@ -77,10 +77,16 @@ def plain_forwards(vlm, scenes, batch_size:int=30):
             vlm.model(**inputs, use_cache=False, logits_to_keep=1)
 
 
+def picture_side(vlm)->int:
+    "Side of the pictures that a model is measured with: what its vision tower sees, or 896 where it takes any size."
+    if vlm.organism: return 80
+    side = getattr(vlm.model.config.vision_config, "image_size", None) or 896
+    return side if isinstance(side, int) else side[0]
+
+
 def grid_for(vlm)->GridScenes:
     "Grid scenes of 90 pairs at the size of the model's pictures."
-    px = 80 if vlm.organism else vlm.processor.image_processor.crop_size["height"]
-    return GridScenes(grid_pairs(90), sizes=(224,), px=px)
+    return GridScenes(grid_pairs(90), sizes=(224,), px=picture_side(vlm))
 
 # %% ../nbs/12_bench.ipynb #4f7f5fad
 def time_extraction(
@@ -283,8 +289,12 @@ class Work:
         self.layers = list(range(1, self.vlm.n_layers + 1))
         self.cells = list(product(self.edits, self.layers))
         groups = {name: edit if isinstance(edit, str) else edit[0] for name, edit in self.edits.items()}
-        rows = lambda group: torch.tensor(self.vlm.positions(self.base[0], group))
-        self.groups = {name: rows(group) for name, group in groups.items()} # (P,) of each edit
+        self.groups = {name: torch.tensor(self.rows(group)) for name, group in groups.items()} # (P,) of each edit
+
+    def rows(self, group):
+        "The rows of a group; those of a picture that enters by cross-attention stand behind the last token."
+        query = self.base[0]
+        return self.vlm.resolve_rows(query, group, self.vlm.encode([query])["input_ids"][0])
 
     def inputs(self, queries):
         "Queries as the model takes them."
@@ -305,7 +315,7 @@ class Work:
 # %% ../nbs/12_bench.ipynb #0b7c1a06
 def queries(vlm:VLM, n:int)->list:
     "Questions about `n` pictures of the same two objects, left and right of each other."
-    grid = GridScenes(grid_pairs(2), sizes=(224,), px=vlm.processor.image_processor.crop_size["height"])
+    grid = GridScenes(grid_pairs(2), sizes=(224,), px=picture_side(vlm))
     beside = [s for s in map(grid.__getitem__, range(len(grid) // 2)) if s.a_cell[0] != s.b_cell[0]]
     return [beside[i].query(QUESTION) for i in np.linspace(0, len(beside) - 1, n).astype(int)]
 
@@ -436,9 +446,11 @@ def logit_difference(logits:dict)->float: # {way: {cell: (B, V)}}
 # %% ../nbs/12_bench.ipynb #0b7c1a16
 def recomputed(work:Work, name:str)->int:
     "How many rows of a query a cell must recompute."
-    rows, image = work.groups[name].tolist(), work.vlm.positions(work.base[0], "image")
+    rows, image = work.groups[name].tolist(), work.rows("image")
+    T = len(work.vlm.tokens(work.base[0]))
+    if min(rows) >= T: return T  # a picture that enters by cross-attention: every token reads it
     swaps_picture = isinstance(work.edits[name], str) and set(image) <= set(rows)
-    return len(work.vlm.tokens(work.base[0])) - (max(image) + 1 if swaps_picture else min(rows))
+    return T - (max(image) + 1 if swaps_picture else min(rows))
 
 
 def row_weight(rows:int, tokens:int, width:int, parameters:int)->float:
@@ -525,7 +537,7 @@ def about_work(work:Work)->dict:
     "What was swept: model, tokens, cells."
     vlm, query = work.vlm, work.base[0]
     return {"model": vlm.name, "width": vlm.width, "blocks": vlm.n_layers, "tokens": len(vlm.tokens(query)),
-            "image_tokens": len(vlm.positions(query, "image")), "samples": len(work.base), "cells": len(work.cells)}
+            "image_tokens": len(work.rows("image")), "samples": len(work.base), "cells": len(work.cells)}
 
 
 def sweep_times(work:Work, rounds:int, n_cells:int|None=None)->dict:

@@ -472,13 +472,15 @@ def twice_table(
 
 # %% ../nbs/13_models.ipynb #75e1b689
 def with_ceiling(models:dict) -> dict: # of `measured` -> {model: {"accuracy", "ceiling", "gain", "efficiency"}}
-    "What could turn, what the IDs turn above noise and its share, on the left/right questions of notebook 04."
+    "What could turn, what the IDs turn above noise and its share: last sub-tokens, left/right questions of 04."
     rows = {}
     for name, of in models.items():
         if not (ceiling := of.get("dose", {}).get("ceiling")): continue  # an older run
-        rows[name] = {"accuracy": of["fig9"]["accuracy"], "gain": ceiling["same questions"]["gain"],
-                      "ceiling": ceiling["best layer, chosen on half"]["whole words"],
-                      "efficiency": ceiling["efficiency"]["whole words"]}
+        same = ceiling["same questions"]
+        rows[name] = {"accuracy": of["fig9"]["accuracy"],
+                      "gain": same.get("last sub-token", same)["gain"],  # a run before whole words were steered
+                      "ceiling": ceiling["best layer, chosen on half"]["last sub-token"],
+                      "efficiency": ceiling["efficiency"]["last sub-token"]}
     return rows
 
 def predictors(

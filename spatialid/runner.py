@@ -73,8 +73,10 @@ def parameters_of(
 
 def declared(
     path:Path, # a notebook
-) -> dict: # "needs": notebooks to run before it; "benchmark": {"kinds": [...], "boxes": bool}, what it asks of one
-    """What a notebook says of itself in its metadata, under `spatialid`."""
+) -> dict: # "needs": [notebook, ...]; "benchmark": {"kinds": [...], "boxes": bool}; "in_short": bool
+    """What a notebook says of itself in its metadata, under `spatialid`.
+
+    `needs`: what runs before it; `benchmark`: what it takes of one; `in_short`: false where it trains models."""
     return read_notebook(path).metadata.get("spatialid", {})
 
 # %% ../nbs/11_rerun.ipynb #63e88a86
@@ -463,7 +465,7 @@ def _run_all(
 # %% ../nbs/11_rerun.ipynb #d668c15c
 def _in_turns(models, full):
     "The jobs of some models, a notebook of each in turn, so that what is left at the end is short."
-    def fits(path): return full or "quick" in parameters_of(path)
+    def fits(path): return full or "quick" in parameters_of(path) and declared(path).get("in_short", True)
     of_each = [[(path, model, not full) for path in experiments(model) if fits(path)] for model in models]
     return [job for step in zip_longest(*of_each) for job in step if job]
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Z95', 'rng', 'absolute', 'as_text', 'Estimate', 'spanning', 'bootstrap', 'wilson', 'student_95', 'over_seeds',
            'not_judged', 'texts_of', 'markdown_table', 'number_table', 'around', 'leave_one_out', 'resample',
-           'with_interval', 'over_null', 'estimate']
+           'with_interval', 'over_null', 'shortest_run', 'band_ends', 'estimate']
 
 # %% ../nbs/lib/stats.ipynb #427a7154
 import hashlib
@@ -257,6 +257,30 @@ def over_null(
         there = all(one[end] is not None for one in found)
         smallest[end] = min(one[end] - one["null_high"] for one in found) if there else None
     return smallest
+
+# %% ../nbs/lib/stats.ipynb #38e14a7c
+def shortest_run(
+    sizes:np.ndarray, # (L,), not negative
+    share:float=0.8,
+) -> tuple: # first and last index
+    "The shortest run of neighbours that holds a share of the sum; of several the one that holds most."
+    sums, n = np.append(0, np.cumsum(sizes)), len(sizes)
+    for length in range(1, n + 1):
+        held = sums[length:] - sums[:n + 1 - length]
+        if held.max() >= share * sums[-1] * (1 - 1e-12): return int(held.argmax()), int(held.argmax()) + length - 1
+    return 0, n - 1
+
+# %% ../nbs/lib/stats.ipynb #8db92480
+def band_ends(
+    curve:np.ndarray, # (draws, L) effect at each layer
+    layers, # L of them
+    n_layers:int, # of the model
+) -> tuple: # first and last layer, (draws,) each; NaN where the curve is
+    "Ends of the shortest run of layers with 80 % of the effect, its size summed over the layers below the last."
+    layers = np.asarray(layers, dtype=float)
+    below = layers < n_layers
+    ends = np.array([shortest_run(np.abs(each[below])) for each in curve])
+    return tuple(np.where(np.isnan(curve[:, below]).any(1), np.nan, layers[below][ends].T))
 
 # %% ../nbs/lib/stats.ipynb #3ed67692
 def estimate(

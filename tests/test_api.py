@@ -63,11 +63,13 @@ LAYERS = (
     {"store", "adapters", "families", "questions"},
     {"hooks", "claims", "replay", "groups", "plots"},
     {"sweeps", "edits", "scenes", "packing"},
-    {"videos", "wordings", "extraction"},
+    {"videos", "wordings", "extraction", "ceiling"},
     {"benchmarks"},
     {"organisms", "language", "trainer", "cards"},  # how models are made: one level, they call each other
     {"mirror_swap", "steering", "depth", "diagnosis", "finetune", "temporal", "theory"},
     {"models", "bench", "runner", "pad"},
+    {"plan"},
+    {"trial"},
     {"cli"},
 )
 # modules that import from their own level

@@ -365,8 +365,9 @@ def test_all_pushes_and_their_controls():
     ids, places = made_ids(), np.array([[1., 2.], [0., .5]])
     edits = dp.all_pushes(SimpleNamespace(width=6), ids, made_ids(seed=5), places, n_draws=2)
     arms = dict.fromkeys(name.rpartition(" ")[0] for name in edits)
-    assert [*arms] == ["height", "one step", "horizontal", "depth", "as far", "random axis 0", "dealt 0",
-                       "random axis 1", "dealt 1", "random depth axis 0"] and len(edits) == 4 * len(arms)
+    assert [*arms] == ["height", "one step", "horizontal", "permuted 0", "random step 0", "permuted 1", "random step 1",
+                       "depth", "as far", "random axis 0", "random axis 1", "random depth axis 0"]
+    assert len(edits) == 4 * len(arms)
     assert set(chain(*dp.arms_of(2).values())) < set(arms)
     rows = torch.zeros(2, 1, 6, dtype=torch.float64)
     push = {name: new(rows, 2, slice(0, 2)) for name, (_, new) in edits.items()}
@@ -377,6 +378,9 @@ def test_all_pushes_and_their_controls():
     assert float(torch.cosine_similarity(push["as far 3"][0, 0], axis, dim=0)) == pytest.approx(1)
     step = ids.at(2)[2, 0] - ids.at(2)[2, 1] # from (1, 2), where the subject is, to (0, 2)
     assert np.allclose(push["one step 2"][0, 0], step)
+    sideways = ids.at(2)[0, 3] - ids.at(2)[2, 1] # to (3, 0)
+    assert np.allclose(push["horizontal 3"][0, 0], sideways)
+    assert torch.allclose(push["random step 1 2"].norm(dim=-1), push["one step 2"].norm(dim=-1))
 
 
 # --- pushed pictures, made by hand: both questions, four places, two layers
@@ -410,17 +414,20 @@ def test_figure_7a_of_made_pushes():
     assert found["slopes"]["height"]["value"] == pytest.approx(2, abs=.02)
     assert found["slopes"]["depth"]["value"] == found["sizes"]["depth"]["value"] == pytest.approx(1, abs=.02)
     assert np.shape(found["curves"]["value"]) == np.shape(found["correlations"]["value"]) == (4, 4)
+    assert [v["value"] for v in found["pairings"].values()] == pytest.approx([-1, 1], abs=.01)
     assert dp.speaks_for(found["pairing"]) == "above with behind"
     assert dp.speaks_for({"value": .1, "low": -.1, "high": .3}) == dp.speaks_for({"value": None}) == "undecided"
     layers = dp.numbers_by_layer(pushed, ["a", "b"])
     assert np.allclose(layers["slopes"]["depth"]["value"], [2, 1], atol=.02) and len(layers["pairing"]) == 2
     table = dp.fig7a_table({"height": found}, 5.0)["vertical IDs, α = 5"]
-    assert table["speaks for"] == "above with behind" and table["pairing"].startswith("-1.00")
+    assert table["speaks for"] == "above with behind"
+    assert [table[name][:3] for name in dp.PAIRINGS] == ["-1.", "1.0"], "both pairings, side by side"
 
 
 def test_flat_curves_have_no_pairing():
     found = dp.fig7a_numbers(made_pushes({"above_below": [0, 0], "front_behind": [0, 0]}), ["height"], 0)
-    assert found["pairing"] == {"value": None, "low": None, "high": None, "n": 0}
+    nothing = {"value": None, "low": None, "high": None, "n": 0}
+    assert found["pairing"] == nothing and [*found["pairings"].values()] == [nothing] * 2
     assert dp.over_pictures(np.array([[1., 2], [np.nan, 0]]))["value"] == [1, 2]
     assert np.isnan(dp.as_line([found["pairing"], {"value": 1, "low": 0, "high": 2}])["low"]).tolist() == [True, False]
 
@@ -449,15 +456,44 @@ def test_the_summary_compares_slopes_and_says_where_there_is_none():
     assert still["value"] is None and "slope of above/below" in still["not_judged"]
 
 
-def test_the_claim_on_the_pairing_and_why_it_is_not_judged():
-    "Above with front: the smaller of two mean correlations."
-    pushed = made_pushes({"above_below": [1, 1], "front_behind": [1, 1]}, noise=.001)
-    assert dp.pairing_claim(pushed, 0, {}, False)["value"] == pytest.approx(1, abs=.01)
-    share = {"value": .5, "low": .4, "high": .6, "n": 9}
-    assert dp.pairing_claim(pushed, 0, share, True)["not_judged"] == (
+def made_steps(depth, controls, height=2.0):
+    "A vertical step that moves height and depth, and controls that move depth alone, n = 6 questions."
+    arms = dict(zip(("one step", "height", *dp.STEP_CONTROLS), (depth, depth, *controls)))
+    swept = {kind: made_pushes({kind: [0, 0] for kind in dp.COMPARED}).sweeps[kind] for kind in dp.COMPARED}
+    for arm, slope in arms.items():
+        of_height = height if arm in ("one step", "height") else 0
+        one = made_pushes({"above_below": [of_height] * 2, "front_behind": [-slope] * 2}, arms=(arm,))
+        for kind in dp.COMPARED: swept[kind].log_probs.update(one.sweeps[kind].log_probs)
+    return dp.Pushed(swept)
+
+
+def test_the_cross_slope_is_depth_over_height_less_the_largest_control():
+    arms = {name: [name] for name in dp.TITLES}
+    for depth in (1.0, -1.0):
+        found = dp.cross_slopes(made_steps(depth, (.2, -.4, .1)), arms, 0)
+        assert found["one step"]["value"] == pytest.approx(depth / 2, abs=.01), "with its sign"
+        assert [found[name]["value"] for name in dp.STEP_CONTROLS] == pytest.approx([.1, .2, .05], abs=.01)
+        assert found["beyond controls"]["value"] == pytest.approx(.3, abs=.01) and found["beyond controls"]["n"] == 3
+    table = dp.cross_table({"flat": found}, 5.0)
+    assert table["flat"]["vertical IDs, one step"] == found["one step"] and "beyond controls" in table["flat"]
+
+
+def test_the_control_is_averaged_over_draws_without_its_sign():
+    pushed = made_pushes({"above_below": [0, 0], "front_behind": [1, 2]}, noise=.001, arms=("a 0",))
+    other = made_pushes({"above_below": [0, 0], "front_behind": [-3, -4]}, noise=.001, arms=("a 1",))
+    for kind in dp.COMPARED: pushed.sweeps[kind].log_probs.update(other.sweeps[kind].log_probs)
+    assert dp.depth_sizes(pushed, ["a 0", "a 1"], 1) == pytest.approx([3] * 3, abs=.01)
+
+
+def test_the_claim_on_height_and_depth_and_why_it_is_not_judged():
+    arms, share = {name: [name] for name in dp.TITLES}, {"value": .5, "low": .4, "high": .6, "n": 9}
+    found = dp.cross_slopes(made_steps(1.0, (.2, .4, .1)), arms, 0)
+    assert dp.tangled_claim(found, share, False) == found["beyond controls"]
+    assert dp.tangled_claim(found, share, True)["not_judged"] == (
         "the model answers 0.50 [0.40, 0.60] of the questions about depth right")
-    still = made_pushes({"above_below": [0, 0], "front_behind": [0, 0]})
-    assert dp.pairing_claim(still, 0, share, False)["not_judged"] == "the push changes no answer"
+    still = dp.cross_slopes(made_steps(1.0, (.2, .4, .1), height=0.0), arms, 0)
+    assert set(still) == {"one step", "height", "beyond controls"}
+    assert "slope of above/below" in dp.tangled_claim(still, share, False)["not_judged"]
 
 
 def test_models_beside_come_from_their_results(monkeypatch):
@@ -545,9 +581,32 @@ def test_words_in_the_plane_of_made_ids():
     assert dp.share_in_plane(four, basis) == pytest.approx(1, abs=.01)
     axes = dp.axis_numbers(np.concatenate([four, four], 1), basis)
     assert dp.axis_table(axes["in the plane"])["behind → front"].startswith("1.00")
-    fig = dp.plot_fig7b(g.normal(size=(4, 4, 2)), four @ basis.T, matrices, axes, 4)
+    fig = dp.plot_fig7b(g.normal(size=(4, 4, 2)), four @ basis.T, g.normal(size=(12, 2)), matrices, axes, 4)
     assert fig.axes[0].get_title(loc="left") == "layer 4, 20 pairs"
     plt.close(fig)
+
+
+def test_distances_of_words_are_in_units_of_the_scatter_of_unrelated_ones():
+    "Against a loop over all couples; at 1 two words lie as far apart as unrelated ones of different questions."
+    g, basis = np.random.default_rng(0), np.eye(2, 5)
+    others, four = g.normal(size=(6, 5)), np.zeros((4, 5))
+    squares = [((others[i] - others[j]) ** 2).sum() for i, j in permutations(range(6), 2) if i // 2 != j // 2]
+    assert dp.scatter(others) == pytest.approx(np.sqrt(np.mean(squares)))
+    four[0, 0] = dp.scatter(others @ basis.T) # "above" is one scatter from the other three
+    found = dp.word_distances(np.tile(np.concatenate([four, others]), (8, 1, 1)), basis)
+    plane = {couple: numbers["by the four words, in the plane"] for couple, numbers in found.items()}
+    assert [plane[couple]["value"] for couple in dp.COUPLES] == pytest.approx([1, 0, 1, 0, 1, 0])
+    assert plane["above, front"]["n"] == 8
+    assert len(found["above, below"]) == 4, "two centrings in the plane and in all dimensions"
+    halves = found["above, below"]["within the question, in the plane"]["value"]
+    assert halves == pytest.approx(float(plane["above, below"]["value"] * dp.scatter(others @ basis.T)
+                                         / dp.scatter(dp.within_question(others) @ basis.T)))
+
+
+def test_unrelated_words_are_read_like_those_of_place(llava):
+    words, vectors = dp.word_activations(llava, [("cup", "star")], 2, dp.UNRELATED_TEMPLATES)
+    assert words[:4] == ["yes", "no", "red", "green"] and vectors.shape[:2] == (1, len(words))
+    assert not {*chain(*dp.WORD_TEMPLATES)} & set(words)
 
 
 def test_pairs_of_objects_share_none():

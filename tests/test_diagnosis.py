@@ -736,6 +736,121 @@ def test_a_repair_is_recorded_source_by_source(llava, tmp_path):
     assert sum("**" in line for line in lines) == 1 and f"**{found['way']}**" in dg.repair_table(found)
 
 
+# --- amplifying the layout
+
+def test_every_picture_is_read_in_four_ways(questions):
+    four = dg.with_mirrors(questions.queries[:2])
+    plain, across, down, both = (np.asarray(q.image) for q in four[::2])
+    assert len(four) == 8 and four[:2] == questions.queries[:2]
+    assert np.array_equal(across, plain[:, ::-1]) and np.array_equal(down, plain[::-1])
+    assert np.array_equal(both, plain[::-1, ::-1])
+
+
+def test_the_slope_is_the_mean_difference_of_mirror_images_turned_back_token_by_token(llava, questions):
+    some, layer = questions.queries[:3], 2
+    layout = dg.layout_of(llava, some, [layer])
+    rows = llava.run(dg.with_mirrors(some), [layer], "image").residual(layer)
+    side = dg.isqrt(rows.shape[1])
+    plain, across, down, both = rows.unflatten(1, (side, side)).unflatten(0, (4, 3)).numpy()
+    turned_back = np.concatenate([plain - across[:, :, ::-1], down - both[:, :, ::-1]]).mean(0)
+    x = np.arange(side) - (side - 1) / 2
+    slope = np.einsum("x,yxd->d", x, turned_back) / (2 * side * (x**2).sum())
+    assert np.allclose(layout.slopes(layer)[0], slope, atol=1e-12)
+    assert 0 < layout.linear(layer) <= 1
+
+
+def test_a_planted_layout_is_wholly_linear_and_what_is_not_in_its_plane_stays():
+    g = np.random.default_rng(0)
+    axes, xy = np.linalg.qr(g.normal(size=(6, 3)))[0].T, dg.token_places(16) * 4
+    layout = dg.Layout({1: xy @ np.stack([2 * axes[0], axes[0] + axes[1]]) + 5 * axes[2]})
+    assert np.allclose(layout.slopes(1), [2 * axes[0], axes[0] + axes[1]]) and np.isclose(layout.linear(1), 1)
+    rows = torch.as_tensor(g.normal(size=(3, 16, 6)))
+    push = dg.amplified(layout, 3)(rows, 1, slice(0, 3)) - rows
+    centred = rows - torch.as_tensor(layout.means[1].mean(0))
+    inside = torch.as_tensor(axes[:2])
+    assert torch.allclose(push, 3 * centred @ inside.T @ inside)
+
+
+def test_controls_of_the_layout_are_as_long(llava, questions):
+    layout, rows = dg.layout_of(llava, questions.queries[:2], [2]), torch.randn(3, 16, llava.width).double()
+    layout.means[2] = np.random.default_rng(1).normal(size=(16, llava.width))
+    push = layout.along(rows, 2)
+    random, others = dg.random_plane(layout, 0)(push, rows, 2), dg.other_tokens(0)(push, rows, 2)
+    assert torch.allclose(random.norm(dim=-1), push.norm(dim=-1)) and not torch.allclose(random, push)
+    assert torch.linalg.matrix_rank(random.flatten(0, 1)) == 2
+    assert torch.allclose(others.norm(dim=-1).sort(1).values, push.norm(dim=-1).sort(1).values)
+    assert not torch.allclose(others, push)
+
+
+def test_an_amplified_layout_is_a_patch_and_at_zero_the_clean_run(llava, questions):
+    some = questions.queries[:5]
+    layout = dg.layout_of(llava, questions.queries[5:8], [1, 3])
+    edits = {name: ("image", dg.amplified(layout, beta)) for name, beta in (("none", 0.0), ("twice", 1.0))}
+    fast, plain = (sweep(llava, some, edits=edits, layers=[1, 3], plain=oracle) for oracle in (False, True))
+    assert fast.path == "fast"
+    for name in edits: assert torch.allclose(fast.log_probs[name], plain.log_probs[name], atol=1e-12, rtol=0)
+    assert (plain.log_probs["none"] == plain.base_log_probs).all()
+    assert torch.allclose(fast.log_probs["none"], fast.base_log_probs.expand(2, -1, -1), atol=1e-12, rtol=0)
+    with llava.patch({3: ("image", lambda rows: edits["twice"][1](rows, 3, slice(None)))}):
+        patched = llava.run(some).log_probs
+    assert torch.allclose(patched, plain.log_probs["twice"][1], atol=1e-12, rtol=0)
+    assert not torch.allclose(patched, plain.base_log_probs)
+
+
+def test_layer_and_dose_are_the_best_and_the_smallest_of_equals(llava, questions):
+    some, layers = questions[:6], [1, 3]
+    layout = dg.layout_of(llava, questions.queries[6:8], layers)
+    chosen = dg.choose_amplification(llava, layout, some, layers)
+    assert list(chosen["tried"]) == [f"{beta:g}" for beta in dg.BETAS] and chosen["n"] == 6
+    best = [beta for beta, each in chosen["tried"].items() if max(each) == chosen["accuracy"]][0]
+    assert chosen["beta"] == float(best)
+    assert chosen["layer"] == layers[chosen["tried"][best].index(chosen["accuracy"])]
+    assert chosen["accuracy"] == max(map(max, chosen["tried"].values()))
+
+
+def test_errors_corrected_are_of_the_wrong_and_answers_broken_of_the_right():
+    answers = {"before": np.array([1, 1, 1, 0, 0], dtype=bool), "layout": np.array([1, 1, 0, 1, 1], dtype=bool),
+               "random plane": np.array([1, 1, 1, 0, 1], dtype=bool)}
+    numbers = dg.amplification_numbers(answers)
+    layout, plane = numbers["layout"], numbers["random plane"]
+    assert list(numbers) == ["layout", "random plane"] and layout["corrected"]["value"] == 1
+    assert layout["corrected"]["n"] == 2 and layout["broken"]["n"] == 3 and np.isclose(layout["broken"]["value"], 1 / 3)
+    assert np.isclose(layout["gain"]["value"], .2) and plane["gained"] == 1 and plane["lost"] == 0
+    assert layout["layout_less_this"]["value"] == 0 and np.isclose(plane["layout_less_this"]["value"], 0)
+    assert dg.share_of(np.array([], dtype=bool))["not_judged"] == "no such answers"
+
+
+def test_an_amplified_layout_is_recorded_and_drawn(llava, tmp_path):
+    source = dg.CaseSource(str(tmp_path), px=32)
+    found = dg.layout_record(llava, source, (), 5, 7, "as trained", [1, 3], pictures=2)
+    assert found["n"] == 7 and found["before"]["n"] == 7 and found["chosen"]["layer"] in (1, 3)
+    assert list(found["arms"]) == ["layout", "random plane", "other tokens"] and found["cost"]["forwards_once"] == 8
+    assert found["cost"]["relative_time"] > 0 and list(found["linear"]) == ["1", "3"]
+    for arm in found["arms"].values():
+        assert arm["gain"]["value"] == pytest.approx(arm["after"]["value"] - found["before"]["value"])
+    lines = dg.layout_table(found).splitlines()
+    assert len(lines) == 2 + 3 and {line.count("|") for line in lines} == {len(dg.LAYOUT_COLUMNS) + 1}
+    fig = dg.plot_layout("tiny", found)
+    assert "n = 5" in fig.axes[0].get_title(loc="left") and len(fig.axes[0].lines) == len(dg.BETAS) + 2
+    plt.close("all")
+
+
+def test_a_picture_that_enters_by_cross_attention_has_no_layout(questions):
+    vlm = SimpleNamespace(family=SimpleNamespace(cross=True, title="Mllama"))
+    with pytest.raises(ValueError, match="cross-attention in Mllama"): dg.layout_of(vlm, questions.queries, [1])
+
+
+def test_quick_sizes_are_no_larger_than_given():
+    given = dict.fromkeys(dg.QUICK["deep"], None) | {"n_level": 5, "n_lesion": 56, "n_repair": 0}
+    deep, shallow = (dg.quick_sizes(n, **given) for n in (30, 8))
+    assert deep["n_level"] == 5 and deep["n_lesion"] == 0 and deep["n_repair"] == shallow["n_repair"] == 0
+    assert shallow["n_lesion"] == 24 and shallow["layer_step"] is None
+    assert deep["n_questions"] == dg.QUICK["deep"]["n_questions"]
+    assert dg.quick_sizes(8, **given | {"layer_step": 2})["layer_step"] == 2
+
+
+# --- claims and figures
+
 def test_claims_about_cross_attention_are_of_such_models():
     number, none = {"value": -.3, "low": -.4, "high": -.2, "n": 9}, dg.not_judged("not run", 0)
     plain, cross = (dg.diagnosis_claims(number, number, none, cross) for cross in (False, True))
@@ -749,7 +864,9 @@ def test_figures_of_right_and_wrong_answers(llava, questions):
     values = {"raw": g.normal(size=12), "standardised": g.normal(size=12)}
     tests = {unit: dg.compare(v, read.right, least=3) for unit, v in values.items()}
     fig = dg.plot_fig8a("tiny", values, tests, [tests["raw"]] * 4, read, 2)
-    assert dg.short_test(tests["raw"]) in fig.axes[0].get_title(loc="left") and len(fig.axes[2].collections) == 1
+    assert dg.short_test(tests["raw"]) in fig.axes[0].get_title(loc="left")
+    assert "6 of 12 answers wrong" in fig.axes[0].get_title(loc="left")
+    assert len(fig.axes[2].collections) == 1
     assert "n = 12" in fig.axes[2].get_title(loc="left")
     kept = np.flatnonzero([i in dg.masked_queries(questions, 3) for i in range(12)])
     rules = dict.fromkeys(("prob min", "prob mean"), values["raw"][kept])

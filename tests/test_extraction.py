@@ -613,15 +613,17 @@ def test_subsets_from_inner_products_equal_the_ids_themselves():
     subsets = choices(names, 3)
     few = choices(names, 3, limit=7)
     assert len(subsets) == 20 and len(few) == 7 and few == choices(names, 3, limit=7)
-    whole = pair_weights(pairs, [names])
-    measure = lambda some: subset_cosines(pair_weights(pairs, some), whole, gram)
-    assert np.allclose(measure(subsets), [slow_cosine(one, names, pairs, of_pair) for one in subsets], atol=1e-12)
+    measure = lambda names, some: subset_cosines(pair_weights(pairs, some), pair_weights(pairs, [names]), gram)
+    slow = lambda names, some: [slow_cosine(one, names, pairs, of_pair) for one in some]
+    assert np.allclose(measure(names, subsets), slow(names, subsets), atol=1e-12)
     found = over_subsets(measure, names, 3)
-    without = [np.mean([v for v, one in zip(measure(subsets), subsets) if name not in one]) for name in names]
-    assert found == {**around(np.array([measure(subsets).mean(), *without])), "subsets": 20} and found["n"] == 6
-    complete = over_subsets(measure, names, 6)
-    assert complete["value"] == pytest.approx(1) and complete["low"] < complete["value"]
-    assert complete["subsets"] == 1 and complete["n"] == 6
+    others = [[other for other in names if other != name] for name in names]
+    without = [np.mean(slow(some, choices(some, 3))) for some in others]
+    expected = around(np.array([np.mean(slow(names, subsets)), *without]))
+    assert found["subsets"] == 20 and found["n"] == 6
+    for end in ("value", "low", "high"): assert found[end] == pytest.approx(expected[end], abs=1e-12)
+    complete = over_subsets(lambda names, some: [1.0 * ("o0" in one) for one in some], names, 6)
+    assert complete["value"] == 1 and complete["low"] < 1 and complete["subsets"] == 1 and complete["n"] == 6
     with pytest.raises(ValueError, match="no pair of objects: give at least two"):
         pair_weights(pairs, [["o0"]])
 
@@ -967,6 +969,71 @@ def test_subsets_on_the_axes_of_the_first_objects():
     assert "cosine_to_rest" not in subsets.measured(4) and subsets.measured(3)["variance"]["low"] >= 0
 
 
+def slow_measures(ids, names, n, n_reference):
+    "Mean over the choices of n of some objects of every measure of Figure A18, from the IDs of pairs in float64."
+    of = lambda some: ids.of_pairs(1, some).reshape(16, -1)
+    basis = orthonormal(grid_axes(of(names[:n_reference]).reshape(4, 4, -1)))
+    rows = []
+    for some in choices(names, min(n, len(names))):
+        one, rest = of(some), [name for name in names if name not in some]
+        centred = one - one.mean(0)
+        nearest = extraction.nearest_column(one @ basis.T, of(names[:n_reference]) @ basis.T)
+        row = {"variance": ((centred @ basis.T)**2).sum() / (centred**2).sum(), "nearest_column": nearest,
+               "cosine_to_all": cosines(one, of(names)).mean()}
+        rows.append(row | ({"cosine_to_rest": cosines(one, of(rest)).mean()} if len(rest) > 1 else {}))
+    return {key: np.mean([row[key] for row in rows]) for key in rows[0]}
+
+
+@pytest.mark.parametrize("n", [3, 5, 6])
+def test_an_object_left_out_is_left_out_everywhere(n):
+    "Intervals of Figure A18: jackknife over objects, each deleted from choices, axes and what they are compared with."
+    ids = ids_with_pairs()
+    names, found = ids.objects, extraction.PairSubsets(ids, 1, 5).measured(n)
+    slow = [slow_measures(ids, names, n, 5)]
+    for name in names:
+        others = [other for other in names if other != name]
+        slow.append(slow_measures(ids, others, n, 5 - (name in names[:5])))
+    assert ("cosine_to_rest" in found) == (n == 3)
+    for key, one in found.items():
+        expected = around([each[key] for each in slow], 0.0 if key in ("variance", "nearest_column") else -1.0)
+        assert one["n"] == 6
+        for end in ("value", "low", "high"): assert one[end] == pytest.approx(expected[end], abs=1e-12), (key, end)
+
+
+def test_designs_are_compared_on_the_objects_of_both():
+    "Of itself a cosine of 1 and one score; of IDs turned along x the cosine of h turns; other objects do not count."
+    ids = random_ids(objects=5, noise=0.5)
+    same = extraction.compare_designs(ids, ids, 1)
+    assert same["cells"]["value"] == pytest.approx(1) and same["grid_score"] == same["other_grid_score"]
+    assert same["grid_score"]["value"] == pytest.approx(ids.statistics(1, n_null=9)["grid_score"]["value"])
+    assert same["grid_score"]["low"] == pytest.approx(ids.statistics(1, n_null=9)["grid_score"]["low"])
+    mirrored = replace(ids, table=ids.table[..., ::-1, :])
+    assert extraction.compare_designs(ids, mirrored, 1)["x"]["value"] == pytest.approx(-1)
+    fewer = replace(ids, table=ids.table[:3], objects=ids.objects[:3])
+    compared = extraction.compare_designs(ids, fewer, 1)
+    assert compared["cells"]["value"] == pytest.approx(1) and compared["cells"]["n"] == 3
+    with pytest.raises(ValueError, match="no object in common"):
+        extraction.compare_designs(ids, replace(fewer, objects=list("xyz")), 1)
+
+
+def test_what_an_extraction_took():
+    ids = replace(random_ids(objects=3), provenance={"params": {"images": 1200}})
+    rings = replace(ids, provenance={"params": {"images": 96, "passes": 96, "reliability": 0.991}})
+    assert extraction.cost_of(ids) == {"objects": 3, "pictures": 1200, "passes": 1200,
+                                       "words": int(ids.counts.sum()), "reliability": None}
+    table = extraction.cost_table({"pairs": extraction.cost_of(ids), "rings": extraction.cost_of(rings)}).splitlines()
+    assert len(table) == 4 and table[2].endswith("| – |") and table[3].endswith("| 0.991 |") and "1,200" in table[2]
+
+
+def test_a_coordinate_begins_where_it_stays_above_its_null():
+    lows = [0.2, 0.0, 0.3, 0.4, 0.0]
+    by_layer = {layer: {"linear_x": {"low": low, "null_high": 0.1}} for layer, low in enumerate(lows, 1)}
+    assert extraction.onset(by_layer, "linear_x") == 3 and extraction.onset(by_layer, "linear_x", 1) == 1
+    assert extraction.onset(by_layer, "linear_x", 3) is None
+    by_layer[3]["linear_x"]["low"] = None
+    assert extraction.onset(by_layer, "linear_x") is None
+
+
 def test_ids_compared_with_themselves_are_at_home():
     ids = ids_with_pairs()
     same = extraction.compare_ids(ids, ids, 1, 224, 224)
@@ -1013,14 +1080,15 @@ def test_figures_show_what_they_say():
     by_layer, subsets = {1: ids.statistics(1, n_null=20)}, extraction.PairSubsets(ids, 1, 6)
     compared, slots = extraction.compare_ids(ids, ids, 1), {1: compare_slots(ids, replace(ids, slot="second"), 1)}
     scaling = {30: subsets.measured(6)}
-    figures = [Figure() for _ in range(6)]
+    figures = [Figure() for _ in range(7)]
     extraction.plot_layers(figures[0], ids, by_layer, 1)
     extraction.plot_layer_curves(figures[1], by_layer, 1)
     extraction.plot_pairs(figures[2], subsets, [3, 6], scaling)
     extraction.plot_prompts(figures[3], {"a": ids, "b": ids}, {"a": compared, "b": compared}, 1)
     extraction.plot_slots(figures[4], slots, ids, ids, 1)
     extraction.plot_sizes(figures[5], ids, {74: compared, 224: compared}, 1, 224)
-    assert [len(figure.axes) for figure in figures] == [8, 3, 3, 2, 3, 3]
+    extraction.plot_designs(figures[6], {1: extraction.compare_designs(ids, ids, 1)}, 1)
+    assert [len(figure.axes) for figure in figures] == [8, 3, 3, 2, 3, 3, 2]
     assert "layer 1, chosen" in figures[0].axes[0].get_title() and not figures[0].axes[1].axison
     ax = Figure().subplots()
     extraction.plot_figure5(ax, ids, 1, by_layer[1], {"left": (-99.0, 0.0), "right": (0.5, 0.0)})

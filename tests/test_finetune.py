@@ -3,6 +3,7 @@
 A killed run that goes on, and one shared by two processes, is the uninterrupted one."""
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from transformers import TrainingArguments
 from spatialid import finetune as ft
 from spatialid.benchmarks import Benchmark, write_benchmark
 from spatialid.scenes import GridScenes, grid_pairs
-from spatialid.extraction import SpatialIDs
+from spatialid.extraction import SpatialIDs, stored_ids
 from spatialid.finetune import (PAPER, Groups, Pictures, Settings, SpatialIDLoss, finetune, group_loss, question,
                                 sampled, teach, unfreeze)
 from spatialid.families import FAMILIES
@@ -223,6 +224,18 @@ def test_the_right_weights_learn(family):
         assert (p.grad is not None and bool(p.grad.any())) == (name in learns), name
     n = len(blocks)
     with pytest.raises(ValueError, match=f"uses {n} vision blocks: give 1 to {n}"): unfreeze(vlm, n + 1)
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl"])
+def test_the_blocks_of_the_language_model_learn_and_nothing_else(family):
+    vlm = VLM(*(tiny_llava() if family == "llava" else tiny(family)), "tiny")
+    learns = unfreeze(vlm, 1, "language")
+    group_loss(vlm, SpatialIDLoss(random_ids(), 2), group(vlm), backward=1.)
+    assert learns and all(re.search(r"language_model\.layers\.\d", name) for name in learns)
+    assert {int(re.search(r"layers\.(\d+)", name)[1]) for name in learns} == set(range(vlm.n_layers))
+    for name, p in vlm.model.named_parameters(): assert p.requires_grad == (name in learns), name
+    with pytest.raises(ValueError, match="no part 'audio' that learns: there are vision, language"):
+        unfreeze(vlm, 1, "audio")
 
 
 def test_a_model_without_vision_blocks_says_what_was_tried():
@@ -434,6 +447,27 @@ def test_a_killed_run_goes_on_bit_identically_and_two_processes_are_one(tmp_path
 
 # --- arms and statistics
 
+def test_a_frozen_tower_is_computed_once_and_nothing_changes(folders, monkeypatch):
+    "The slow way is the oracle: no features kept. Batches and features are shared by runs on the same pictures."
+    s, drawn = replace(SMALL, learns="language"), scenes()
+    def run(pictures, settings=s):
+        vlm = VLM(*tiny_llava(dtype=torch.float64), "tiny")
+        return finetune(vlm, pictures, folders["benchmark"], random_ids(), None, settings, progress=False)
+    slow = run(Pictures.of(drawn))
+    shared = Pictures.of(drawn, keep=True)
+    first, made = run(shared), len(shared.kept["vision"])
+    assert made > 0 and shared.split()[0] is shared.split()[0]
+    again = run(shared)
+    assert len(shared.kept["vision"]) == made, "the second run computes no features"
+    for one in (first, again):
+        assert [e["right"] for e in one] == [e["right"] for e in slow]
+        assert all(abs(a[k] - b[k]) < 1e-12 for a, b in zip(one, slow) for k in ("lm_loss", "id_loss"))
+    assert "get_image_features" not in vars(VLM(*tiny_llava(), "tiny").model.model)
+    tower = Pictures.of(drawn, keep=True)
+    run(tower, SMALL)
+    assert "vision" not in tower.kept, "a tower that learns is computed every time"
+
+
 @pytest.mark.slow
 def test_arms_start_from_the_same_weights_and_a_second_call_goes_on(tmp_path, folders, monkeypatch):
     model = stored(tmp_path / "llava", "llava")
@@ -545,9 +579,30 @@ def test_readings_of_the_claims():
                                               "not_judged": "tiny answers 92.5% right before any training"}
     falls = ft.id_loss_falls(logs())
     assert abs(falls["spatial loss"]["value"] - .5) < 1e-12 and falls["no loss"]["value"] < 0
-    # without the loss: .5 at the end, .625 over the second half of the measurements; with it .75
-    without = arm(["1100", "1100"], all=[[.25, .75, .5], [.25, .75, .5]])
+    never = arm([], all=[[.5, .5, .5], [.5, .6, .6]])
+    assert ft.speed_gain(never, never, "tiny")["not_judged"] == "no run reaches 90%"
+
+
+def test_a_plateau_is_the_last_third_of_the_steps():
+    falls = dict(steps=(0, 4, 8, 12), all=[[.25, 0, .75, .5], [.25, 1, .75, .5]])
+    without = arm(["1100", "1100"], **falls)
+    assert ft.last_third(without) == slice(2, None) and ft.last_third(arm([], steps=(0, 5, 10))) == slice(2, None)
+    of = ft.gains(without)
+    values = {name: one["value"] for name, one in of.items()}
+    assert values == {"start": .25, "end": .5, "gain": .25, "last third": -.25}
+    # without the loss: .5 at the end, .625 over the last third of the steps; with it .75
     assert abs(ft.plateau_gain(logs()["spatial loss"], without)["value"] - .125) < 1e-12
+    rising = arm(["1100", "1100"], steps=(0, 4, 8, 12), all=[[.25, 0, .48, .5], [.25, 1, .5, .5]])
+    late = ft.plateau_gain(logs()["spatial loss"], rising)
+    assert late["value"] is None and late["n"] == 2 and late["not_judged"] == (
+        "without the loss accuracy still gains 1.0 points over the last third of the steps: no plateau yet")
+    idle = arm(["1100", "1100"], all=[[.5, .75, .5], [.5, .75, .5]])
+    assert ft.plateau_gain(logs()["spatial loss"], idle)["not_judged"] == (
+        "without the loss accuracy changes by +0.0 points from first to last: there is no plateau that it rose to")
+    row = ft.set_up_row({"arms": logs(), "differences": ft.differences_of(logs(), KINDS)})
+    assert list(row) == ["start", "no loss, end", "it gains", "in the last third", "loss – no loss",
+                         "loss – permuted places", "seeds", "questions"]
+    assert row["start"] == "0.500" and row["seeds"] == "2" and row["loss – no loss"].startswith("+25.0 [")
 
 
 def test_tables_of_the_arms():
@@ -556,7 +611,7 @@ def test_tables_of_the_arms():
     assert found["no loss: accuracy"] == {"step 0": "0.500", "step 5": "0.625", "step 10": "0.875"}
     ends = ft.end_rows(logs())
     assert ends["spatial loss"]["ID loss"].startswith("0.400 [") and ends["no loss"]["accuracy"].startswith("0.875 [")
-    assert ft.run_label("tiny", logs(), "full run") == "tiny, full run: 2 seeds, 10 steps, 4 questions"
+    assert ft.run_label("tiny", logs(), "full run", 6) == "tiny, full run: 2 seeds, 10 steps, 4 questions, ℓ = 6"
 
 
 def test_figures():
@@ -576,14 +631,17 @@ def test_arms_of_search_sweep_and_short_run():
     base = replace(SMALL, steps=100, every=25, layer=2)
     rates = ft.rate_arms(base)
     assert [s.lr for s in rates.values()] == list(ft.RATES)
-    assert {(s.weight, s.every) for s in rates.values()} == {(0, 100)}
+    assert {(s.weight, s.steps) for s in rates.values()} == {(0, 100)}
+    def log(*shares): return [{"step": 50 * k, "accuracy": {"all": share}} for k, share in enumerate(shares)]
+    ends, by_step = ft.searched({"lr 0.001": log(.5, .7, .8), "lr 0.01": log(.5, .9, .7)})
+    assert ends == {"0.001": .8, "0.01": .7} and by_step == {"0": .5, "50": .7, "100": .8}
     swept = ft.swept_arms(base, [1, 2, 3, 4])
     assert list(swept) == ["w = 0.3", "w = 3", "w = 10", "ℓ = 1", "ℓ = 4"]
     assert swept["w = 3"].weight == 3 and swept["ℓ = 4"].layer == 4 and swept["ℓ = 4"].weight == base.weight
     arms = {name: replace(base, **change) for name, change in ft.ARMS.items()}
     short = ft.short_arms(arms)
     assert list(short) == ["no loss", "spatial loss", "permuted places"] and short["permuted places"].permuted
-    assert {(s.steps, s.every, s.held) for s in short.values()} == {(16, 8, 4)}
+    assert {(s.steps, s.every, s.held) for s in short.values()} == {(8, 8, 2)}
 
 
 def test_losses_before_training(llava):
@@ -593,7 +651,42 @@ def test_losses_before_training(llava):
     wanted = [group_loss(llava, SpatialIDLoss(ids, 3, permuted=0), [batch])[1] for batch in batches]
     assert abs(found[3]["permuted places"] - np.mean(wanted)) < 1e-9
     assert found[3]["permuted places"] != found[3]["true places"]
+    rows = ft.word_rows(llava, batches[0], [1, 3, 4])
+    for layer, of in rows.items(): assert torch.equal(of, ft.answer_loss(llava, batches[0], layer)[1]), layer
     assert ft.rounded({"a": .12345}) == {"a": "0.123"}
+
+
+def test_word_and_ids_belong_together(monkeypatch):
+    "The loss of the finished model on its own IDs is small where the noun read is the noun of the IDs."
+    monkeypatch.setenv("SPATIALID_RESULTS", str(Path(__file__).parents[1]))
+    finished, pictures = VLM.load("qwen2vl-tiny"), Pictures.of(scenes(px=80, background="noise"))
+    by_slot = {slot: stored_ids(finished, "qwen2vl-tiny", slot) for slot in ("first", "second")}
+    found = ft.slot_losses(finished, by_slot, pictures, replace(SMALL, layer=6), n=1)
+    assert list(found) == ["subject, left_right", "subject, above_below", "object, left_right", "object, above_below"]
+    for kind in ("left_right", "above_below"):
+        row = found[f"subject, {kind}"]
+        assert row["IDs of the first noun"] < .25 and row["IDs of the second noun"] > .4, row
+    read = found["object, left_right"]
+    assert read["IDs of the second noun"] < read["IDs of the first noun"] - .2, read
+
+
+def test_the_start_is_the_early_checkpoint_where_there_is_one():
+    assert ft.start_of("qwen2vl-tiny") == "qwen2vl-tiny-early" and ft.start_of("mllama-tiny") == "mllama-tiny"
+    assert ft.SLOT_OF == {"subject": "first", "object": "second"}
+
+
+def test_exchanged_parts():
+    early, finished = VLM.load("llava-tiny-early"), VLM.load("llava-tiny")
+    queries = [question(scenes(px=80)[i], kind) for i in range(8) for kind in ("left_right", "above_below")]
+    queries = [q for q in queries if q.truth]
+    assert {q.kind for q in queries} == {"left_right", "above_below"}
+    found = ft.parts_exchanged(early, finished, queries)
+    names = ("llava-tiny-early", "llava-tiny")
+    assert list(found) == [f"{a} on {b}" for a in names for b in names]
+    for vlm in (early, finished):
+        beliefs = vlm.run(queries).beliefs
+        for kind, share in found[f"{vlm.name} on {vlm.name}"].items():
+            assert share == np.mean([b == q.truth for b, q in zip(beliefs, queries) if q.kind == kind])
 
 
 def test_a_stored_full_run_is_of_these_weights(tmp_path, monkeypatch, llava):

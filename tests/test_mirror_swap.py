@@ -12,9 +12,9 @@ from PIL import Image
 
 from spatialid.store import read_results
 from spatialid.groups import figure4_groups, object_spans, text_but_objects, whole_objects
-from spatialid import mirror_swap as ms
+from spatialid import mirror_swap as ms, stats
 from spatialid.benchmarks import Benchmark, write_benchmark
-from spatialid.scenes import FreeScenes
+from spatialid.scenes import COLOURS, FreeScenes
 from spatialid.hooks import VLM
 from spatialid.query import Query
 from spatialid.stats import rng, absolute, as_text
@@ -68,6 +68,54 @@ def test_the_benchmark_gives_one_question_for_each_image(tmp_path):
     assert len(questions) == len(pictures) and {q.kind for q in questions} == {"left_right"}
     assert [q.text for q in ms.left_right(rows, 5)] == [q.text for q in questions[:5]]
     assert [q.text for q in ms.left_right(rows, 5, seed=1)] != [q.text for q in questions[:5]]
+
+
+def looks_of(scene): return [(t.x, t.y, t.size, t.depth, t.name) for t in scene.things]
+
+
+@pytest.mark.parametrize("i", range(4))
+def test_repainting_changes_the_colours_of_the_things_and_nothing_else(i):
+    "Another colour of the palette for each; the same boxes, and the same pixels outside of what is drawn."
+    scene = FreeScenes(50, seed="repaint", px=64)[i]
+    other = ms.repainted(scene, rng(0, i))
+    assert all(a.colour != b.colour and b.colour in COLOURS for a, b in zip(scene.things, other.things))
+    assert looks_of(other) == looks_of(scene) and other.horizon == scene.horizon
+    (before, boxes), (after, others) = scene.canvas(), other.canvas()
+    assert boxes == others
+    drawn = scene.canvas(backdrop=np.full((64, 64, 3), -1e6, np.float32))[0] > -1e6  # wherever a thing covers anything
+    assert np.array_equal(before[~drawn], after[~drawn]) and not np.array_equal(before[drawn], after[drawn])
+    for left, top, w, h in boxes.values():
+        there = np.s_[top:top + h, left:left + w]
+        assert not np.array_equal(before[there], after[there])
+    assert ms.repainted(scene, rng(0, i)) == other
+
+
+def test_every_other_colour_can_be_drawn():
+    thing = FreeScenes(1, seed="repaint", **TWO)[0]
+    drawn = {ms.repainted(thing, rng(0, k)).things[0].colour for k in range(80)}
+    assert drawn == set(COLOURS) - {thing.things[0].colour}
+
+
+def test_renders_cannot_be_repainted():
+    scene = FreeScenes(1, seed="repaint", **TWO)[0]
+    renders = replace(scene, things=tuple(replace(thing, colour=None) for thing in scene.things))
+    with pytest.raises(ValueError, match="bring their own colours"): ms.repainted(renders, rng(0))
+
+
+def test_controls_ask_the_same_of_other_colours(base):
+    scenes = FreeScenes(1000, seed="test", px=32)
+    controls = ms.attribute_controls(base, scenes)
+    assert list(controls) == ["repainted", "hues"] == list(ms.ATTRIBUTES)
+    for queries in controls.values():
+        assert [(q.text, q.truth, q.answers) for q in queries] == [(q.text, q.truth, q.answers) for q in base]
+        assert not any(same(a.image, b.image) for a, b in zip(base, queries))
+    assert all(same(q.image, ms.recoloured(base[i], 0, i).image) for i, q in enumerate(controls["hues"]))
+    again, other = (ms.attribute_controls(base, scenes, seed)["repainted"][0].image for seed in (0, 1))
+    assert same(again, controls["repainted"][0].image) and not same(again, other)
+
+
+def test_photographs_have_the_hues_alone(base, tmp_path):
+    assert list(ms.attribute_controls(base, Benchmark(write_benchmark(tmp_path, 4, px=32)))) == ["hues"]
 
 
 def test_recolouring_is_seeded_by_row_and_keeps_shape_and_truth(base):
@@ -342,7 +390,9 @@ def test_results_are_complete():
     curves = found["fig4a"]["curves"]
     assert names <= set(curves) and all(len(c["value"]) == len(found["layers"]) for c in curves.values())
     assert {"crossing", "peak", "width"} <= set(found["fig4a"]["readings"]) and found["fig4a"]["complement_gap"] < 1e-3
-    assert set(found["fig4b"]["numerators"]) == {"mirror", "attribute"}
+    assert set(found["fig4b"]["numerators"]) == {"mirror", "repainted", "hues"}
+    assert found["fig4b"]["control"] == "repainted"
+    assert found["claims"]["attribute_signal"] == found["fig4b"]["signal_to_noise"]["repainted"]
     for figure in ("fig4a", "fig4b", "a14", "a15", "a6"): assert (path.parent/f"{figure}.png").stat().st_size > 5000
 
 
@@ -370,18 +420,72 @@ def test_the_shortest_run_of_most_of_the_effect():
         ends = [(first, last) for first in range(9) for last in range(first, 9)]
         held = {(first, last): sizes[first:last + 1].sum() for first, last in ends}
         enough = [run for run in ends if held[run] >= .8 * sizes.sum()]
-        assert ms.shortest_run(sizes) == min(enough, key=lambda run: (run[1] - run[0], -held[run]))
+        assert stats.shortest_run(sizes) == min(enough, key=lambda run: (run[1] - run[0], -held[run]))
     curve = np.stack([[0, 0, 0, 1, -1, 0, 0, 9.], np.full(8, np.nan)])
     found = ms.band_of_most(curve, range(1, 9), 8)
     assert found["objects_band_width"][0] == 2 / 8 and found["objects_band_centre"][0] == 4.5 / 8
     assert np.isnan([values[1] for values in found.values()]).all() and ms.largest(curve[:1]) == 9
+    first, last = stats.band_ends(curve, range(1, 9), 8)
+    assert (first[0], last[0]) == (4, 5) and np.isnan([first[1], last[1]]).all()
+    assert [end[0] for end in stats.band_ends(curve[:1, 1::2], [2, 4, 6, 8], 8)] == [4, 4]  # of those swept
+
+
+def tiny_curves(n=6):
+    "Curves of the groups of Figure 4 for three pairs: the image hands over to the objects, these to the text."
+    x = np.linspace(0, 1, n)
+    shapes = {"image": 1 - x, "text": x, "objects": 1 - abs(2 * x - 1), "whole object words": 1 - abs(2 * x - 1)}
+    s = fake(np.ones((n, 3)), np.ones(3))
+    c = ms.curves(s, draws=20)
+    return replace(c, draws={name: np.tile(shape, (21, 1)) for name, shape in shapes.items()})
+
+
+def test_readings_of_figure_4_and_its_marks():
+    "Both tables and the figure say the same of the object words."
+    from matplotlib.figure import Figure
+    c = tiny_curves()
+    readings = ms.figure4_readings(c)
+    assert readings["crossing"]["value"] == pytest.approx(3.5) and readings["peak_effect"]["value"] == pytest.approx(.8)
+    assert (readings["band_first"]["value"], readings["band_last"]["value"]) == (2, 4)
+    for name in ms.WORDS_COLUMNS: assert readings[f"{name}_of_whole_words"] == readings[name]
+    table = ms.words_table(readings).splitlines()
+    assert len(table) == 4 and table[2].startswith("| last sub-tokens | 0.80 [0.80, 0.80] |")
+    assert len(ms.words_table(ms.figure4_readings(replace(c, draws={k: c[k] for k in ms.FIGURE4}))).splitlines()) == 3
+    left, right = ms.plot_figure4(Figure(), c, readings, ["text"])
+    notes = [text.get_text() for text in left.texts if text.get_text()]
+    assert notes == ["grey: image → text at ℓ = 3.5 [3.5, 3.5]\ngreen: 80 % of the objects' effect, ℓ = 2 … 4"]
+    assert right.get_title() == "text"
+
+
+def test_models_side_by_side(monkeypatch):
+    "Those that have results; the band is the one that their claims have."
+    monkeypatch.setenv("SPATIALID_RESULTS", str(ROOT))
+    table = ms.figure4_side_by_side(["llava-tiny", "no-such-model"]).splitlines()
+    assert len(table) == 3 and table[2].startswith("| llava-tiny | 196 | 8 | ")
+    found = read_results(ROOT/"results"/"llava-tiny"/"02_mirror_swap.json")
+    first, last = map(int, ms.figure4_row(found)["objects: 80 % at ℓ"].split("–"))
+    assert (last - first + 1) / 8 == found["claims"]["objects_band_width"]["value"]
+
+
+def test_the_table_and_the_figure_of_the_controls(vlm, base):
+    from matplotlib.figure import Figure
+    sources = {"mirror": [ms.mirrored(q) for q in base], **ms.attribute_controls(base, FreeScenes(1000, "test", 32))}
+    groups = {name: figure4_groups(vlm)[name] for name in ms.FIGURE4}
+    swaps = {name: sweep(vlm, base, source, groups) for name, source in sources.items()}
+    follows = {ms.ATTRIBUTES.get(name, "mirrored"): ms.belief_follows(s, name == "mirror") for name, s in swaps.items()}
+    signal = {name: ms.signal_to_noise(s) for name, s in swaps.items()}
+    lines = ms.control_table(follows, signal, signal).splitlines()
+    assert [line.split(" | ")[0] for line in lines[2:]] == ["| mirrored", "| objects repainted", "| hues rotated"]
+    fig = Figure()
+    ms.plot_figure4b(fig, swaps, {name: ms.numerators(s) for name, s in swaps.items()})
+    assert len(fig.axes) == 6 and fig.axes[4].get_ylim() == fig.axes[3].get_ylim()
+    assert fig.axes[1].get_title() == "objects repainted, 6 pairs"
 
 
 def test_claims_are_judged_where_the_belief_follows():
     "Those that are not say why, and of the object word the size counts."
     c = ms.curves(fake(np.ones((9, 4)) * np.arange(1., 5), np.arange(1., 5)))
     flat = replace(c, draws={name: -np.ones_like(c["a"]) for name in ms.GROUP_COLOURS})
-    draws = ms.claim_draws(flat, flat, flat, 9)
+    draws = ms.claim_draws(flat, flat, flat, flat, 9)
     judged = {"mirrored": True, "two things": False, "colours exchanged": True}
     claims = ms.mirror_claims(draws, judged)
     assert claims["object_word"]["value"] == 1 and claims["objects_over_random"]["value"] == 1
@@ -404,6 +508,18 @@ def test_curves_with_intervals_and_thirds():
     assert means["a"]["first"]["value"] == pytest.approx(.5)
     assert ms.thirds_table(means).splitlines()[2].startswith("| a | 0.50 [")
     assert np.array_equal(ms.from_input(c, "a", 1.)[:, 0], np.ones(len(c["a"])))
+
+
+def test_a_part_of_a_sweep(vlm, base):
+    "Is the sweep of those pairs at those layers."
+    source = [ms.mirrored(q) for q in base]
+    whole, few = sweep(vlm, base, source, {"text": "text"}), sweep(vlm, base[:2], source[:2], {"text": "text"}, [2])
+    part = ms.part_of(whole, 2, [2])
+    assert part.layers == [2] and list(part.truth) == list(few.truth) and part.names == ["text"]
+    for name in ("base_log_probs", "source_log_probs"):
+        assert torch.allclose(getattr(part, name), getattr(few, name), atol=1e-5)
+    assert part.log_probs["text"].shape == (1, 2, 2)
+    assert torch.allclose(part.log_probs["text"], few.log_probs["text"], atol=1e-5)
 
 
 def test_the_log_probabilities_of_random_words_are_kept_as_their_mean():

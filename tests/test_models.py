@@ -318,15 +318,19 @@ def test_repairs_are_those_that_were_best_when_chosen():
 def steered(gain, ceiling, accuracy=1.0):
     "What notebook 04 finds, as far as the ceiling is concerned."
     def number(v): return {"value": v, "low": v - .1, "high": v + .1, "n": 25}
-    rooms = {"best layer, chosen on half": {"whole words": number(ceiling)}, "same questions": {"gain": number(gain)},
-             "efficiency": {"whole words": number(gain / ceiling)}}
+    rooms = {"best layer, chosen on half": {"last sub-token": number(ceiling)},
+             "same questions": {"last sub-token": {"gain": number(gain)}},
+             "efficiency": {"last sub-token": number(gain / ceiling)}}
     return {"fig9": {"accuracy": number(accuracy)}, "dose": {"ceiling": rooms}}
 
 
 def test_the_gain_follows_the_ceiling_where_it_does():
     "Training runs are the unit: a finished model and its early checkpoint are one. Older results are left out."
     found = {"a": steered(.1, .2), "b": steered(.4, .5), "c": steered(.7, .8, .6), "c-early": steered(.9, 1., .5)}
-    rows = models.with_ceiling({**found, "old": {"fig9": {"accuracy": {"value": 1}}}})
+    older = steered(.4, .5)
+    older["dose"]["ceiling"]["same questions"] = older["dose"]["ceiling"]["same questions"]["last sub-token"]
+    assert models.with_ceiling({"b": older}) == models.with_ceiling({"b": steered(.4, .5)})
+    rows = models.with_ceiling({**found, "oldest": {}})
     assert list(rows) == list(found) and rows["b"]["ceiling"]["value"] == .5 and rows["b"]["gain"]["value"] == .4
     rho = models.predictors(rows)
     assert rho["ceiling"]["value"] == 1 and rho["ceiling"]["n"] == 3 and rho["ceiling"]["points"] == 4

@@ -48,7 +48,7 @@ def estimates(g):
     yield "jackknife", around(np.clip(leave_one_out(np.ones(n)) @ x, -1, 1))
     yield "share on axes", around(np.append(g.random(), g.random(n)), floor=0.0)
     yield "over null", over_null(*({**around(g.random(n + 1)), "null_high": g.random()} for _ in range(3)))
-    yield "subsets", over_subsets(lambda some: g.random(len(some)), list("abcdef"), 3)
+    yield "subsets", over_subsets(lambda _, subsets: g.random(len(subsets)), list("abcdef"), 3)
     yield "Wilson", wilson(hits)
     yield "difference", newcombe(wilson(hits), wilson(g.random(n) < .9))
     yield "seeds and rows", crossed(g.random((3, n)), n=40, seed=n)

@@ -412,6 +412,7 @@ def test_a_model_in_short(lab, capsys):
     A short run reads what short runs wrote; the same command again does nothing."""
     for name, n in (("02_mirror_swap", 1), ("03_extraction", 3), ("04_steering", 2)):
         lab.notebook(name, SAVES, parameters=f'model = "toy"\nname = "{name}"\nn = {n}\nquick = False')
+    lab.notebook("07_finetune", "raise SystemExit(3)", parameters='model = "toy"\nquick = True', in_short=False)
     lab.notebook("10_organisms", "raise SystemExit(3)", parameters='model = "toy"')
     full = lab.root/"results"/"toy"/"03_extraction.json"
     full.parent.mkdir(parents=True)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from spatialid.ceiling import mirror_swaps
 from spatialid.edits import at_place, permuted_places
 from spatialid.hooks import RULES, scaled
 from spatialid.questions import answers_right, questions
@@ -414,7 +415,10 @@ def test_thirds_and_slopes():
     assert st.middle_third(8) == [3, 4, 5] and st.middle_third(32) == list(range(11, 22)) and st.middle_third(3) == [2]
     effect = np.zeros((10, 9))
     effect[:, 3:6] = 1
-    assert st.share_in_middle(effect, list(range(1, 10)), 9) == 1
+    assert st.effect_band(effect, list(range(1, 10)), 9).tolist() == [4, 6]
+    found = st.band_numbers(effect, list(range(1, 10)), 9)
+    assert found["band_width"]["value"] == 3 / 9 and found["band_centre"]["value"] == 5 / 9
+    assert found["band_width"]["n"] == 10
     x = np.array([[0, 1, 2, 3], [3, 2, 1, 0]])
     assert np.allclose(slope(2.0 * x + 1, x), 2) and np.allclose(slope(np.arange(4.0), np.arange(4)), 1)
 
@@ -474,10 +478,10 @@ def test_layers_between_those_swept_are_interpolated():
     assert np.allclose(every[1], values[:2].mean(0))
     effect = np.zeros((10, 30))
     effect[:, 10:20] = 1
-    assert st.share_in_middle(effect, list(range(1, 31)), 30) == 1
     some = swept_layers(30, 19)
-    dense = st.share_in_middle(np.ones((10, len(some))), some, 30)
-    assert dense == pytest.approx(10 / 29), "layers that are swept more densely do not count more"
+    even = st.band_numbers(np.ones((10, len(some))), some, 30)
+    assert even["band_width"]["value"] == 24 / 30, "layers that are swept more densely do not count more"
+    assert even["band_width"] == st.band_numbers(np.ones((10, 30)), list(range(1, 31)), 30)["band_width"]
     found = st.readings({"ID": np.ones((15, 8)), "noise": np.zeros((15, 8))}, some, 30)
     assert found["middle third"]["gain"]["value"] == 1
 
@@ -496,6 +500,19 @@ def test_wilson_and_newcombe_are_the_published_intervals():
     found = [round(gap[key], 4) for key in ("value", "low", "high")]
     assert found == [0.2, 0.0524, 0.3339], "Newcombe 1998, table II, method 10"
     with pytest.raises(ValueError, match="at least one question"): st.wilson([])
+
+
+def test_shares_of_the_same_units_have_the_published_interval():
+    a = np.repeat([1, 1, 0, 0], (36, 12, 2, 0))
+    b = np.repeat([1, 0, 1, 0], (36, 12, 2, 0))
+    gap = st.newcombe_paired(a, b)
+    assert [round(gap[key], 4) for key in ("value", "low", "high")] == [0.2, 0.0569, 0.3404], "Newcombe 1998, paired"
+    same = st.newcombe_paired(np.ones(20), np.ones(20))
+    assert same["value"] == 0 and same["low"] < 0 < same["high"], "no difference seen is none known"
+    apart = st.newcombe(st.wilson(a), st.wilson(b))
+    half = np.repeat([1, 0], (25, 25))
+    tight, loose = st.newcombe_paired(half, half), st.newcombe(st.wilson(half), st.wilson(half))
+    assert tight["high"] < loose["high"] and apart["value"] == gap["value"]
 
 
 def test_a_dose_is_chosen_by_the_gain_on_the_first_questions_alone():
@@ -543,20 +560,73 @@ def test_edits_of_all_doses(llava):
 
 def test_the_ceiling_exchanges_rows_with_the_mirrored_picture(llava):
     queries = [query_about(seed=i, subject=s) for i, s in enumerate(("cup", "hot dog", "star"))]
-    found = st.mirror_swaps(llava, queries, [1, 3])
+    found = mirror_swaps(llava, queries, [1, 3])
     assert list(found) == ["last sub-token", "whole words"] and all(v.shape == (2, 3) for v in found.values())
-    rows = [llava.positions(q, st.whole_words(llava)) for q in queries]
+    rows = [llava.positions(q, st.whole_objects(llava)) for q in queries]
     last = [llava.positions(q, st.BOTH) for q in queries]
     assert len(rows[1]) > len(last[1]) == 2, "a hot dog is several tokens"
     assert all(set(a) >= set(b) for a, b in zip(rows, last))
     from PIL import ImageOps
     for q, want in zip(queries, found["whole words"].T):
         source = Query(ImageOps.mirror(q.image), q.template, q.words, q.answers)
-        group = st.whole_words(llava)
+        group = st.whole_objects(llava)
         for k, layer in enumerate((1, 3)):
             residual = llava.run(source, [layer], [group]).residual(layer)
             with llava.patch({layer: (group, residual)}): patched = llava.run(q)
             assert bool(want[k]) == (patched.beliefs != llava.run(q).beliefs)
+
+
+def pushes_of(vlm, n):
+    "Opposing IDs of two slots, one draw of permuted places and two of noise, for n questions."
+    slots = [grid_ids(vlm, seed=0), grid_ids(vlm, seed=1)]
+    find = st.moves_by_slot(slots, *permuted_places(n, 4, 0, 0))
+    return find, st.dose_controls(vlm, slots[0], n, n_noise=2, n_controls=1)
+
+
+def test_on_words_of_one_token_whole_words_are_their_last_sub_tokens(llava):
+    queries = [query_about(a, b, i) for i, (a, b) in enumerate((("cup", "star"), ("dog", "cat"), ("star", "dog")))]
+    assert all(len(st.rows_of_words(llava, q)) == 2 for q in queries)
+    find, controls = pushes_of(llava, 3)
+    which = np.arange(3)
+    rows = [st.word_by_word(one, which, (0, 1)) for one in (find, *controls["permuted"], *controls["noise"])]
+    last = st.dose_edits(find, **controls, alphas=(0.5, 5.0))
+    whole = st.dose_edits(rows[0], [rows[1]], rows[2:], (0.5, 5.0), st.whole_objects(llava))
+    one, other = (sweep(llava, queries, layers=[1, 3], edits=edits).log_probs for edits in (last, whole))
+    assert list(one) == list(other)
+    for name in one:
+        assert one[name].dtype == torch.float64 and torch.allclose(one[name], other[name], rtol=0, atol=1e-12), name
+    swaps = st.whole_word_swaps(llava, queries, [1, 3], find, **controls, alphas=(0.5, 5.0))
+    s = sweep(llava, queries, layers=[1, 3], edits=last)
+    for a in (0.5, 5.0):
+        assert np.array_equal(swaps[a]["ID"], st.swapped(s, [f"ID {a:g}"]))
+        assert np.array_equal(swaps[a]["noise"], st.swapped(s, [f"noise {i} {a:g}" for i in range(2)]))
+
+
+def test_every_sub_token_is_pushed_as_its_word_is(llava):
+    "Against one question, one layer at a time, in plain patches; the questions have other numbers of sub-tokens."
+    names = (("cup", "hot dog"), ("hot dog", "cat"), ("star", "dog"), ("hot dog", "cup"))
+    queries = [query_about(a, b, i) for i, (a, b) in enumerate(names)]
+    counts = [len(st.rows_of_words(llava, q)) for q in queries]
+    assert len(set(counts)) > 1 and [k for _, k in st.rows_of_words(llava, queries[0])][:2] == [0, 1]
+    find, controls = pushes_of(llava, 4)
+    swaps = st.whole_word_swaps(llava, queries, [1, 3], find, **controls, alphas=(5.0,))[5.0]
+    draws = {"ID": [None], "noise": controls["noise"], "permuted places": [None]}
+    for i, query in enumerate(queries):
+        words = [k for _, k in st.rows_of_words(llava, query)]
+        was, (group,) = llava.run(query).beliefs, ([row for row, _ in st.rows_of_words(llava, query)],)
+        for at, layer in enumerate((1, 3)):
+            rows = llava.run(query, [layer], [tuple(group)]).residual(layer)
+            for arm, directions in draws.items():
+                give = controls["permuted"][0] if arm == "permuted places" else find
+                turned = []
+                for noise in directions:
+                    push = scaled(*(end[:, words] for end in give(layer, slice(i, i + 1))), rows, 5.0)
+                    if noise:
+                        drawn = torch.tensor(noise(layer, slice(i, i + 1)))[:, words]
+                        push = drawn * push.norm(dim=-1, keepdim=True) / drawn.norm(dim=-1, keepdim=True)
+                    with llava.patch({layer: (tuple(group), rows + push)}): now = llava.run(query).beliefs
+                    turned.append(now != was)
+                assert swaps[arm][at, i] == np.mean(turned), (arm, layer, names[i])
 
 
 def test_efficiency_is_judged_only_below_a_ceiling():
@@ -721,26 +791,71 @@ def test_the_chosen_dose_stands_beside_that_of_the_paper():
 
 
 def test_the_ceiling_is_chosen_on_the_first_questions_and_reported_on_the_others():
-    swaps, which = doses_of(), np.array([0, 2, 4, 6])  # of eight questions every other one
+    which = np.array([0, 2, 4, 6])  # of eight questions every other one
+    shares = {"words": st.at_layer(doses_of(), [3, 4, 5], {"alpha": 1.0, "layer": 4})}
     turns = {"words": np.array([[1.0, 1, 0, 1], [0, 0, 1, 1], [0, 0, 1, 1]])}
-    found = st.ceiling_numbers(turns, swaps, [3, 4, 5], {"alpha": 1.0, "layer": 4}, which, 4)
+    found = st.ceiling_numbers(turns, shares, [3, 4, 5], 4, which, 4)
     assert found["at the chosen layer"]["words"]["value"] == 1
     assert found["best layer, chosen on half"]["words"]["layer"] == 3
     assert found["best layer, chosen on half"]["words"]["value"] == 0.5
-    assert found["same questions"]["ID"]["n"] == 2 and found["same questions"]["gain"]["value"] == 1
+    same = found["same questions"]["words"]
+    assert same["ID"]["n"] == 2 and same["gain"]["value"] == 1
     assert found["efficiency"]["words"]["not_judged"]
+
+
+def test_efficiency_compares_like_with_like():
+    "Whole words pushed against whole words exchanged, last sub-tokens against last sub-tokens."
+    which, one, none = np.arange(8), np.ones(8), np.zeros(8)
+    shares = {"last sub-token": {"ID": none, "noise": none}, "whole words": {"ID": one, "noise": none}}
+    turns = {rows: np.ones((1, 8)) for rows in shares}
+    found = st.ceiling_numbers(turns, shares, [3], 3, which, 4)["efficiency"]
+    assert (found["last sub-token"]["value"], found["whole words"]["value"]) == (0, 1)
 
 
 def test_figures_of_the_chosen_dose():
     swaps = doses_of()
     rows = st.dose_choices(swaps, [3, 4, 5], 4)
     best = {"words": {"layer": 4, **st.wilson([1, 0])}}
-    ceiling = {"same questions": rows["dose chosen"], "best layer, chosen on half": best}
+    ceiling = {"same questions": {"words": rows["dose chosen"]}, "best layer, chosen on half": best}
     assert st.layers_beside([3, 4, 5, 6], 4, 6) == [3, 4, 5, 6] and st.layers_beside([3, 4, 5, 6], 3, 9) == [3, 4]
     points = st.dose_points(rows, ceiling)
-    assert len(points) == 3 + 3 + 2 + 1 and points[0][0] == "ID, dose chosen" and "ℓ = 4" in points[-1][0]
-    fig = st.plot_dose_choice(swaps, [3, 4, 5], [3, 4, 5], rows, ceiling, 4, "toy")
+    assert len(points) == 3 + 3 + 3 and points[0][0] == "ID, dose chosen" and "ℓ = 4" in points[-1][0]
+    on_words = {a: {arm: v[1:2] for arm, v in arms.items()} for a, arms in swaps.items()}
+    fig = st.plot_dose_choice(swaps, on_words, [3, 4, 5], [3, 4, 5], rows, ceiling, 4, "toy")
     assert [title(ax) for ax in fig.axes[:3]] == ["layer 3", "layer 4, chosen", "layer 5"]
+    labels = [line.get_label() for line in fig.axes[1].lines]
+    assert "ID, whole words" in labels and "ID, whole words" not in [line.get_label() for line in fig.axes[0].lines]
+
+
+def test_ids_from_rings_steer_the_same_questions(small, mixed):
+    ids = SpatialIDs.load(ROOT/"results"/"llava-tiny"/"spatial_ids.safetensors")
+    rings = st.rings_like(ids)
+    assert rings.k == 5 and rings.names == sorted(ids.provenance["params"]["scenes"]["objects"]), "ten objects"
+    read = st.packed_ring_ids(small, ids, 3, most=32)
+    assert list(read) == ["first", "second"] and read["first"].layers == [3]
+    beliefs = small.run(mixed).beliefs
+    of_rings = list(read.values())
+    pushed = moves_of(of_rings, mixed, beliefs)
+    by_hand = st.swapped(sweep(small, mixed, layers=[3], edits={"ID": (st.BOTH, pushed)}), ["ID"])[0]
+    chosen = {"alpha": 1.0, "layer": 3}
+    found = st.ring_numbers(small, of_rings, of_rings, mixed, beliefs, by_hand, chosen, 2)
+    assert found["rings"] == found["design"] == st.wilson(by_hand[2:]) and found["difference"]["value"] == 0
+    assert found["pictures"] == found["passes"] == 32 and found["cosine"] == pytest.approx({"subject": 1, "object": 1})
+    other = st.ring_numbers(small, of_rings, of_rings, mixed, beliefs, 1 - by_hand, chosen, 2)
+    assert other["difference"]["value"] == pytest.approx(2 * by_hand[2:].mean() - 1) and other["difference"]["n"] == 4
+
+
+def moves_of(slots, queries, beliefs):
+    "The opposing push of both words, α = 1."
+    return st.pushing(st.moves_by_slot(slots, *st.opposing(queries, beliefs)), 1.0)
+
+
+def test_families_that_cannot_pack_are_refused_rings():
+    vlm, ids = VLM.load("gemma3-tiny"), SpatialIDs.load(ROOT/"results"/"gemma3-tiny"/"spatial_ids.safetensors")
+    with pytest.raises(ValueError, match="cannot take several questions behind one picture"):
+        st.packed_ring_ids(vlm, ids, 3)
+    ids.provenance["params"]["scenes"]["objects"] = ["cup"] * 7
+    with pytest.raises(ValueError, match="7 objects cannot be shown 6 at a time"): st.rings_like(ids)
 
 
 def test_the_figure_and_claims_of_figure_2():
@@ -1073,7 +1188,7 @@ def test_other_words_are_steered_with_other_ids(small):
     assert all(callable(edits[name][0]) == name.endswith("words") for name in edits if not name.startswith("noise"))
 
 
-def test_table_1_is_read_where_objects_swap_most_on_the_first_half():
+def test_table_1_is_read_where_objects_gain_most_on_the_first_half():
     turned, kept, base = [2.0, 0], [0.0, 0], ((0.0, 1),) * 4
     cells = {"relation IDs on relation words": kept, "relation IDs on objects": kept,
              st.OBJECTS_ON_OBJECTS: np.array([kept, turned])[:, None], "object IDs on relation words": kept,
@@ -1081,11 +1196,17 @@ def test_table_1_is_read_where_objects_swap_most_on_the_first_half():
     swaps = st.table1_swaps(swept(cells, base=base))
     assert list(swaps)[-2:] == ["noise on relation words", "noise on objects"]
     assert (swaps["noise on objects"] == 0.5).all() and swaps[st.OBJECTS_ON_OBJECTS].sum(1).tolist() == [0, 4]
-    chosen, table, most = st.table1_numbers(swaps)
-    assert chosen == 1 and table[st.OBJECTS_ON_OBJECTS]["n"] == 2 and most["value"] == 1, "noise is no cell"
-    text = st.table1_text(table, "toy").splitlines()
-    assert len(text) == 2 + 4 + 1 and text[2].startswith("| Qwen-3b, paper | 18.77 | 51.19 |")
-    assert "| **toy** | 0.0 [0.0, 65.8] | 0.0 [0.0, 65.8] | 100.0 [34.2, 100.0] |" in text[-1], "two questions"
+    gains = st.less_noise(swaps)
+    assert list(gains) == list(cells)[:4], "noise is no cell"
+    assert (gains["relation IDs on relation words"] == -1).all() and (gains["relation IDs on objects"] == -0.5).all()
+    found = st.table1_numbers(swaps)
+    assert found["at"] == 1 and found["cells"][st.OBJECTS_ON_OBJECTS]["n"] == 2
+    assert found["less_noise"][st.OBJECTS_ON_OBJECTS]["value"] == 0.5
+    assert found["margin"]["value"] == 1, "a half less the −½ of relation IDs on objects, the largest of the others"
+    text = st.table1_text(found, "toy").splitlines()
+    assert len(text) == 2 + 3 + 4 and text[-4].startswith("| Qwen-3b, swapped (paper) | 0.19 | 0.51 | 0.81 | 0.48 |")
+    assert text[2].startswith("| **toy, less noise** | -1.00 [-1.00, -1.00] | -0.50 [-0.50, -0.50] | 0.50 [0.50,")
+    assert text[3].startswith("| toy, swapped | 0.00 [0.00, 0.66] | 0.00 [0.00, 0.66] | 1.00 [0.34, 1.00] |")
 
 
 @pytest.mark.slow
@@ -1135,8 +1256,9 @@ def test_figure_6a_and_its_numbers(mixed):
     found = st.fig6a_results(s, mixed[0], 1, effects)
     assert found["answered_right"] is False and found["question"] == mixed[0].text
     assert set(found["log_probs"]) == set(names) and found["log_probs"][names[0]].shape == (2, 2)
-    fig = st.plot_fig6a(s, mixed[0], 1, effects, 4, 6)
-    assert [title(ax) for ax in fig.axes][1:] == ["IDs of the same layer", "IDs of layer 4", "4 questions"]
+    fig = st.plot_fig6a(s, mixed[0], 1, effects, 4, (1, 2))
+    titles = ["IDs of the same layer", "IDs of layer 4", "4 questions; shaded: 80 %"]
+    assert [title(ax) for ax in fig.axes][1:] == titles
     assert fig.axes[3].get_ylabel() == "effect (log-odds)"
 
 

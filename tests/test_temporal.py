@@ -250,12 +250,42 @@ def test_order_words_do_not_depend_on_the_order():
     assert np.allclose(words[0, 1, 1], (one[0, 1] + one[1, 0]) / 2)
 
 
+def test_words_that_say_nothing_of_time_stand_in_the_same_place():
+    vlm = in_float64(VLM(*tiny("llava_onevision")))
+    left_right = tm.order_words(vlm, [("cup", "star")], [2], words=("left", "right"))
+    assert np.allclose(left_right[:, :, ::-1], tm.order_words(vlm, [("cup", "star")], [2], words=("right", "left")))
+    assert not np.allclose(left_right, tm.order_words(vlm, [("cup", "star")], [2]))
+
+
+def words_along(*steps, n=5):
+    "Pairs of words whose second one lies further along the third direction by given steps."
+    words = np.zeros((n, 2, 6))
+    words[:, 1, 2] = steps
+    return words
+
+
 def test_the_gap_of_words():
-    line = np.arange(4.)[:, None] * np.eye(6)[2]
-    words = np.zeros((5, 2, 6))
-    words[:, 1, 2] = [1, 2, 3, 4, 5]
-    one = tm.word_gap(words, np.stack([line] * 3), rng(0, "gap"))
+    units = np.stack([np.arange(4.)[:, None] * np.eye(6)[2]] * 3)
+    words = {"before/after": words_along(1, 2, 3, 4, 5), "left/right": words_along(1), "yes/no": words_along(-2)}
+    found = tm.word_gaps(words, units, rng(0, "gap"))
+    one = found["before/after"]
     assert one["value"] == 3 and one["n"] == 5 and 1 <= one["low"] < 3 < one["high"] <= 5
+    assert found["yes/no"]["value"] == found["yes/no"]["low"] == -2
+    assert found["over controls"]["value"] == 1, "the largest control counts by its size"
+    assert np.isclose(found["over controls"]["low"], one["low"] - 2) and found["over controls"]["n"] == 5
+
+
+def test_the_gap_of_words_by_hand():
+    "Every draw resamples objects and pairs of names once, for all words."
+    g = rng(1, "words")
+    units, words = g.normal(size=(3, 4, 6)), {name: g.normal(size=(5, 2, 6)) for name in ("in question", "control")}
+    found, draws, again = tm.word_gaps(words, units, rng(0, "gap"), 50), [], rng(0, "gap")
+    for _ in range(50):
+        pairs, objects = again.integers(5, size=5), again.integers(3, size=3)
+        line = units[objects].mean(0)
+        gap = {name: tm.in_frames((some[pairs, 1] - some[pairs, 0]).mean(0), line) for name, some in words.items()}
+        draws.append(gap["in question"] - abs(gap["control"]))
+    assert np.allclose(np.quantile(draws, [.025, .975]), [found["over controls"][end] for end in ("low", "high")])
 
 
 def planted():
@@ -453,6 +483,10 @@ def test_figures_of_ids():
     by_layer = {layer: tm.line_statistics(tm.in_time(ids, layer), 20, 20) for layer in (1, 2)}
     tm.draw_layers(layers, by_layer, {})
     assert np.allclose(layers.lines[0].get_ydata(), [one["r2"]["value"] for one in by_layer.values()])
+    gaps = {layer: {"before/after": by_layer[layer]["r2"], "over controls": by_layer[layer]["r2"]} for layer in (1, 2)}
+    beside = Figure().subplots()
+    tm.draw_gaps(beside, gaps)
+    assert [text.get_text() for text in beside.get_legend().get_texts()] == ["before/after"]
 
 
 def test_figures_of_steering():
@@ -497,6 +531,8 @@ def test_frames_side_by_side():
 
 # --- the notebook
 
+LITTLE = dict(n_pairs=6, n_steered=6, n_objects=3, n_words=4, n_permuted=100)
+
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "video_llama_3"])
 @pytest.mark.slow
 def test_the_notebook_runs_for_other_families(family, tmp_path, monkeypatch):
@@ -508,9 +544,11 @@ def test_the_notebook_runs_for_other_families(family, tmp_path, monkeypatch):
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     monkeypatch.setenv("SPATIALID_RESULTS", str(tmp_path))
-    runner.run_notebook(runner.find_notebook("08"), str(folder), quick=True, px=24, n_objects=3)
+    runner.run_notebook(runner.find_notebook("08"), str(folder), quick=True, px=24, **LITTLE)
     found = read_results((tmp_path / "results" / folder.name / "quick" / "08_temporal.json"))
     assert found["claims"]["emerges"]["not_judged"] and found["fig10b"]["videos"] == 336
+    assert found["claims"]["objects_band_width"]["not_judged"]
+    assert found["claims"]["before_over_controls"]["n"] == 4
     assert found["provenance"]["params"]["quick"]
     assert found["fig10c"]["from_files"]["same_answer"]["n"] == found["fig10c"]["right"]["n"]
     for figure in ("fig10a", "fig10b", "fig10c", "figA13", "figA17"):
@@ -523,7 +561,7 @@ def test_the_notebook_asks_about_files_in_the_format_of_mvbench(tmp_path, monkey
     monkeypatch.setenv("SPATIALID_RESULTS", str(tmp_path))
     folder = write_mvbench(tmp_path / "mvbench", 12)
     sorted((folder / "video").glob("*.mp4"))[0].unlink()
-    runner.run_notebook(runner.find_notebook("08"), "onevision-tiny", benchmark=str(folder), quick=True, n_objects=3)
+    runner.run_notebook(runner.find_notebook("08"), "onevision-tiny", benchmark=str(folder), quick=True, **LITTLE)
     found = read_results((tmp_path / "results" / "onevision-tiny" / "quick" / "08_temporal.json"))
     assert found["fig10c"]["right"]["n"] == 6 and found["fig10a"]["answers"]["base"]["n"] == 6
     assert found["fig10c"]["right"]["value"] > .5

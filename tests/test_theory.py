@@ -381,6 +381,59 @@ def test_errors_of_the_planted_parts_are_those_of_rounding(planted):
     assert th.planted_parts_errors(one, parts, ids)["Eq. 7 from the weights"] > 0.1
 
 
+@pytest.fixture(scope="module", params=[0, 1])
+def known(request):
+    "A planted model with its answers about every cell; with a column added to ψ the answers are not balanced."
+    one = th.plant(XY + [request.param, 0], n_things=3)
+    tiles = th.TileScenes(one.names)
+    first, second = (extract(one.vlm, every_cell(tiles), th.PLANTED, slot=slot, progress=False)
+                     for slot in ("first", "second"))
+    scenes = tiles.everywhere([(1, 0)])
+    plain = one.vlm.run([s.query(th.PLANTED) for s in scenes]).logit_diff.numpy()
+    return request.param, one, first, second, scenes, plain
+
+
+def test_the_grid_score_of_the_planted_ids_is_that_of_M(known):
+    "Column and row vary alike in ψ, so each has the share of its column of M: the planted columns are not orthogonal."
+    _, one, ids, _, _, _ = known
+    size, statistics = (one.M**2).sum(0), ids.statistics(1, n_null=9)
+    shares = th.planted_shares(one)
+    assert np.allclose([shares["S_x"], shares["S_y"]], size / size.sum()) and abs(one.M[:, 0] @ one.M[:, 1]) > 1e-3
+    assert statistics["linear_x"]["value"] == pytest.approx(shares["S_x"], abs=1e-9)
+    assert statistics["grid_score"]["value"] == pytest.approx(min(size) / size.sum(), abs=1e-9) == shares["grid score"]
+
+
+def test_a_planted_code_is_one_of_place_at_both_nouns(known):
+    _, one, first, second, _, _ = known
+    assert largest(first.at(1) - one.ids) < 1e-10 and largest(second.at(1) - one.ids) < 1e-10
+    cosines = th.compare_slots(first, second, 1)
+    assert all(cosines[name]["value"] == pytest.approx(1, abs=1e-9) for name in ("cells", "x", "y", "other_slot"))
+
+
+def test_planted_answers_turn_by_eq_8(known):
+    "Question by question: opposing IDs at every dose, and the rows of the mirrored picture, which are the ceiling."
+    shift, one, ids, _, scenes, plain = known
+    turns = th.measured_turns(one, ids, [s.query(th.PLANTED) for s in scenes])
+    by_eq_8 = th.known_turns(one, scenes, plain)
+    assert all((turns[name] == by_eq_8[name]).all() for name in by_eq_8)
+    assert by_eq_8["opposing IDs, α = 1"].all() and not by_eq_8["opposing IDs, α = 0.1"].all()
+    mirrored = [replace(s, b_cell=(3 - s.b_cell[0], s.b_cell[1])).query(th.PLANTED) for s in scenes]
+    assert ((one.vlm.run(mirrored).logit_diff.numpy() > 0) != (plain > 0)).tolist() == by_eq_8["ceiling"].tolist()
+    assert by_eq_8["ceiling"].all() == (shift == 0)
+
+
+def test_planted_measures_are_those_that_are_known(known):
+    shift, one, first, second, scenes, _ = known
+    measures = th.planted_measures(one, first, second, scenes)
+    assert "known" not in measures["noise"] and measures["noise"]["measured"] < .5
+    there = {name: of for name, of in measures.items() if "known" in of and name != "ID efficiency"}
+    assert len(there) == 4 + len(th.PLANTED_DOSES) + 1
+    assert all(of["measured"] == pytest.approx(of["known"], abs=1e-9) for of in there.values())
+    if not shift: assert measures["ID efficiency"]["measured"] == 1
+    weak = replace(one, read=-one.read) # what is known is not what is measured: another model's read-out
+    assert th.planted_measures(weak, first, second, scenes)["opposing IDs, α = 1"]["known"] < 1
+
+
 def test_the_planted_constant_is_in_the_table_and_not_in_the_ids():
     one = th.plant(XY * [1, 0.99], constant=9.0, n_things=2)
     ids = extract(one.vlm, th.TileScenes(one.names), th.PLANTED, progress=False)
@@ -394,6 +447,14 @@ def test_the_planted_constant_is_in_the_table_and_not_in_the_ids():
 def test_planting_refuses_what_is_no_grid():
     with pytest.raises(ValueError, match=r"\(m, m, r\)"): th.plant(np.zeros((4, 3, 2)))
     with pytest.raises(ValueError, match="224"): th.Tiles(["cup"]).sprite("cup", 5)
+
+
+def test_patterns_are_their_own_mirror_images_and_orthogonal():
+    tiles = th.Tiles([str(i) for i in range(8)])
+    patterns = np.stack(list(tiles.patterns.values()))
+    assert (patterns == patterns[..., ::-1]).all()
+    products = np.einsum("ayx,byx->ab", patterns, patterns)
+    assert np.array_equal(products, 64 * np.eye(8)) and not patterns.sum((1, 2)).any()
 
 
 # --- parts of a trained or random model
@@ -567,6 +628,47 @@ def test_weights_predict_the_ids_of_a_model_with_grouped_heads():
         assert largest(th.centred(predicted) - by_hand) < 1e-9
     assert parts.error < 1e-12 and largest(parts.taken["own patches"].at(1).reshape(16, -1) - by_hand) < 1e-9
     assert not np.allclose(by_hand, one.ids.reshape(16, -1)) # other IDs than those of the model with two key heads
+
+
+def head_by_head(block, patterns, rows):
+    "What attention writes, one head and token at a time: patterns (H, T), rows (T, d) as the values are made of."
+    reads = block.self_attn
+    size, W_V, W_O = reads.head_dim, reads.v_proj.weight.detach().numpy(), reads.o_proj.weight.detach().numpy()
+    n_heads, n_keys = W_O.shape[1] // size, W_V.shape[0] // size
+    written = 0
+    for h in range(n_heads):
+        key = h * n_keys // n_heads
+        W = W_O[:, h * size:(h + 1) * size] @ W_V[key * size:(key + 1) * size]
+        written = written + sum(pattern * W @ row for pattern, row in zip(patterns[h], rows))
+    return written
+
+
+def composed_by_hand(vlm, means, basis, cell):
+    "Eq. 7 composed over blocks, at the word after each, for one cell (patches,) bool."
+    before, behind = (product / square for product, square in means.scales.values())
+    R = before.shape[1]
+    rows, at_word = np.zeros(before.shape[1:]), []
+    for l, block in enumerate(vlm.blocks):
+        patterns = means.attention[l] / means.n # (H, R, R + 1)
+        read = [*(before[l] * rows), basis[l][cell].mean(0)]
+        rows = rows + np.stack([head_by_head(block, patterns[:, r], read) for r in range(R)]) * behind[l]
+        at_word.append(rows[-1])
+    return np.stack(at_word)
+
+
+def test_composition_is_its_sum_over_heads_tokens_and_blocks_where_heads_share_keys():
+    "Four heads, two key heads, three blocks of random weights, float64; with one attention per head alike."
+    vlm = organism_of("internvl", dict(patch=4, merge=2))
+    scenes = small_scenes()
+    parts = th.decompose(vlm, scenes, np.zeros((4, 4, 32)), TEMPLATE)
+    assert vlm.blocks[0].self_attn.v_proj.weight.shape[0] == 16 < 32
+    name, cells = scenes[0].b, th.in_cell(th.grid_of(vlm, scenes[0].query(TEMPLATE)), 4)
+    by_hand = np.mean([[composed_by_hand(vlm, means, parts.basis, cell) for cell in cells]
+                       for means in parts.means[name]], 0).swapaxes(0, 1)
+    assert largest(th.centred(th.composed(vlm, parts, name)) - th.centred(by_hand)) < 1e-12 * largest(by_hand)
+    once = np.cumsum([[head_by_head(block, attended[:, None], [basis[cell].mean(0)]) for cell in cells]
+                      for block, attended, basis in zip(vlm.blocks, parts.attention, parts.basis)], 0)
+    assert largest(th.centred(th.from_weights(vlm, parts)) - th.centred(once)) < 1e-12 * largest(once)
 
 
 def test_a_prompt_needs_no_token_before_the_picture():
