@@ -435,6 +435,15 @@ def test_the_preview_links_its_pages(tmp_path):
     assert '<a href="../lib/a_b.html">a b</a>' in made and 'href="../styles.css"' in made
 
 
+def test_the_preview_has_what_its_pages_load(tmp_path):
+    pages, site = tmp_path/"pages", tmp_path/"site"
+    (pages/"pad").mkdir(parents=True)
+    (pages/"pad"/"pad.js").write_text("1")
+    preview.copy_resources(pages, "pad/pad.js", site)
+    preview.copy_resources(pages, "results/*/pad*", site)
+    assert [path.name for path in site.rglob("*.*")] == ["pad.js"]
+
+
 @pytest.mark.parametrize("source, expected", [
     ("import json, os\njson.dumps(1)\nfrom a.b import c as d", "import json, os\nfrom a.b import c as d"),
     ("def f():\n    import json\nf()", ""),

@@ -88,7 +88,8 @@ def navigation(config, root):
     links = []
     for page in targets(config["website"]["sidebar"]["contents"]):
         path = Path(page)
-        links.append(f'<a href="{root}{path.with_suffix(".html")}">{path.stem.replace("_", " ")}</a>')
+        name = path.parent.name if path.stem == "index" and path.parent.name else path.stem
+        links.append(f'<a href="{root}{path.with_suffix(".html")}">{name.replace("_", " ")}</a>')
     return "\n".join(links)
 
 
@@ -107,6 +108,14 @@ def render(page, pages, site, config):
     return out
 
 
+def copy_resources(pages, pattern, site):
+    "Copies the files that a page loads; those of results/ are there by the link."
+    for path in pages.glob(pattern) if not pattern.startswith("results/") else ():
+        to = site/path.relative_to(pages)
+        to.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, to)
+
+
 def main():
     "Renders every page of _proc/ into _site/."
     pages, site = ROOT/"_proc", ROOT/"_site"
@@ -118,6 +127,7 @@ def main():
     for name in ("styles.css", "favicon.svg"): shutil.copy(ROOT/"nbs"/name, site)
     os.symlink(ROOT/"results", site/"results")
     config = yaml.safe_load((ROOT/"_quarto.yml").read_text(encoding="utf-8"))
+    for pattern in config["project"].get("resources", ()): copy_resources(pages, pattern, site)
     found = sorted({*pages.rglob("*.ipynb"), *pages.rglob("*.md")})
     for page in found: render(page, pages, site, config)
     print(f"{len(found)} pages: {site/'index.html'}")
