@@ -4,23 +4,21 @@
 
 # %% auto #0
 __all__ = ['COMPARED', 'WORDS', 'GENERATED', 'DEPTHS', 'HEIGHTS', 'SIDES', 'PAIRINGS', 'TITLES', 'WORD_COLOURS', 'PAIRED_ARMS',
-           'STEP_CONTROLS', 'WORD_TEMPLATES', 'UNRELATED_TEMPLATES', 'AXES', 'COUPLES', 'COMPARISON', 'Pair',
-           'PairQuestions', 'both_questions', 'Pictures', 'trained_on_flat', 'training_kind', 'plot_pairs',
-           'correlation', 'height_and_depth', 'height_depth_numbers', 'plot_height_depth', 'spellings', 'Continued',
-           'along_strings', 'answer_strings', 'together', 'answer_sweep', 'in_use', 'spelling_shares',
-           'likelier_answers', 'depth_accuracy', 'depth_at_chance', 'scoring_difference', 'along', 'on_side',
-           'permuted_ids', 'push_edits', 'DepthScene', 'depth_scenes', 'each_with_another', 'plot_depth_scenes',
-           'random_axes', 'step_pushes', 'all_pushes', 'Pushed', 'push_both', 'correlations', 'pairing',
-           'over_pictures', 'both_pairings', 'arms_of', 'fig7a_numbers', 'speaks_for', 'fig7a_table', 'draw_zero',
-           'draw_curves', 'draw_matrix', 'plot_fig7a', 'numbers_by_layer', 'as_line', 'draw_line', 'draw_slopes',
-           'draw_pairings', 'plot_fig7a_layers', 'ratio_of_means', 'depth_over_height', 'depth_sizes', 'cross_slopes',
-           'cross_table', 'word_activations', 'object_pairs', 'cosine_matrix', 'overlap', 'within_question',
-           'centrings', 'mean_cosines', 'word_matrices', 'share_in_plane', 'coefficient_table', 'permuted_planes',
-           'closer_overlap', 'word_overlaps', 'axis_numbers', 'axis_table', 'scatter', 'word_distances', 'draw_words',
-           'draw_unrelated', 'draw_axes_of_words', 'plot_fig7b', 'depth_statistics', 'depth_null', 'depth_geometry',
-           'IDSet', 'id_sets', 'specificity', 'specificity_text', 'draw_geometry', 'draw_specificity', 'plot_depth_ids',
-           'depth_summary', 'beside', 'commands_for', 'draw_compared', 'plot_compared', 'compared_table',
-           'tangled_claim']
+           'STEP_CONTROLS', 'AXES', 'COUPLES', 'COMPARISON', 'Pair', 'PairQuestions', 'both_questions', 'Pictures',
+           'trained_on_flat', 'training_kind', 'plot_pairs', 'correlation', 'height_and_depth', 'height_depth_numbers',
+           'plot_height_depth', 'spellings', 'Continued', 'along_strings', 'answer_strings', 'together', 'answer_sweep',
+           'in_use', 'spelling_shares', 'likelier_answers', 'depth_accuracy', 'depth_at_chance', 'scoring_difference',
+           'along', 'on_side', 'permuted_ids', 'push_edits', 'DepthScene', 'depth_scenes', 'each_with_another',
+           'plot_depth_scenes', 'random_axes', 'step_pushes', 'all_pushes', 'Pushed', 'push_both', 'correlations',
+           'pairing', 'over_pictures', 'both_pairings', 'arms_of', 'fig7a_numbers', 'speaks_for', 'fig7a_table',
+           'draw_zero', 'draw_curves', 'draw_matrix', 'plot_fig7a', 'numbers_by_layer', 'as_line', 'draw_line',
+           'draw_slopes', 'draw_pairings', 'plot_fig7a_layers', 'ratio_of_means', 'depth_over_height', 'depth_sizes',
+           'cross_slopes', 'cross_table', 'object_pairs', 'cosine_matrix', 'overlap', 'centrings', 'mean_cosines',
+           'word_matrices', 'share_in_plane', 'coefficient_table', 'permuted_planes', 'closer_overlap', 'word_overlaps',
+           'axis_numbers', 'axis_table', 'scatter', 'word_distances', 'draw_words', 'draw_unrelated',
+           'draw_axes_of_words', 'plot_fig7b', 'depth_statistics', 'depth_null', 'depth_geometry', 'IDSet', 'id_sets',
+           'specificity', 'specificity_text', 'draw_geometry', 'draw_specificity', 'plot_depth_ids', 'depth_summary',
+           'beside', 'commands_for', 'draw_compared', 'plot_compared', 'compared_table', 'tangled_claim']
 
 # %% ../nbs/05_depth.ipynb #0ec7125b
 import json
@@ -34,7 +32,7 @@ import torch
 
 from .benchmarks import Benchmark
 from .edits import gaussian, moves, pushing
-from .extraction import SpatialIDs, grid_axes, grid_design, orthonormal, plot_ids
+from .extraction import SpatialIDs, grid_axes, grid_design, orthonormal, plot_ids, within_question
 from .hooks import VLM
 from .plots import ticks
 from .query import Query
@@ -957,45 +955,6 @@ def cross_table(
     return {kind: {titles.get(name, name): v for name, v in found.items()} for kind, found in cross.items()}
 
 # %% ../nbs/05_depth.ipynb #a01cf615
-WORD_TEMPLATES = { # in both orders of the words
-    ("above", "below"): ("Is the {{subject}} {{{0}}} or {{{1}}} the {{object}}?",) * 2,
-    ("front", "behind"): ("Is the {{subject}} in {{{0}}} of or {{{1}}} the {{object}}?",
-                          "Is the {{subject}} {{{0}}} or in {{{1}}} of the {{object}}?"),
-    ("left", "right"): ("Is the {{subject}} to the {{{0}}} or {{{1}}} of the {{object}}?",) * 2,
-    ("near", "far"): ("Is the {{subject}} {{{0}}} or {{{1}}} from the {{object}}?",
-                      "Is the {{subject}} {{{0}}} from or {{{1}}} the {{object}}?"),
-}
-
-UNRELATED_TEMPLATES = { # words that say nothing of place: yes and no, colours, names of objects
-    ("yes", "no"): ("Is there a {{subject}} and a {{object}}, {{{0}}} or {{{1}}}?",) * 2,
-    ("red", "green"): ("Is the {{subject}} with the {{object}} {{{0}}} or {{{1}}}?",) * 2,
-    ("blue", "yellow"): ("Is the {{subject}} with the {{object}} {{{0}}} or {{{1}}}?",) * 2,
-    ("white", "purple"): ("Is the {{subject}} with the {{object}} {{{0}}} or {{{1}}}?",) * 2,
-    ("tulip", "hammer"): ("Is the {{subject}} with the {{object}} a {{{0}}} or a {{{1}}}?",) * 2,
-    ("cow", "flask"): ("Is the {{subject}} with the {{object}} a {{{0}}} or a {{{1}}}?",) * 2,
-}
-
-def _word_query(template, order, pair):
-    "A question without a picture, in which the two relation words are marked."
-    marks = {word: word for word in order}
-    return Query(None, template.format(*order), {"subject": pair[0], "object": pair[1], **marks})
-
-def word_activations(
-    vlm:VLM,
-    pairs:list, # of objects
-    layer:int,
-    templates_of:dict=WORD_TEMPLATES, # {two words: templates in both orders}
-) -> tuple: # the words, and (pair, words, d) their activations
-    "Words in questions without a picture, last sub-token, mean of the two orders."
-    found = []
-    for words, templates in templates_of.items():
-        mean = 0
-        for order, template in zip((words, words[::-1]), templates):
-            queries = [_word_query(template, order, pair) for pair in pairs]
-            mean = mean + vlm.run(queries, layers=[layer], at=words).residuals[layer].double().numpy() / 2
-        found.append(mean)
-    return list(chain(*templates_of)), np.concatenate(found, 1)
-
 def object_pairs(n:int, seed:int=0) -> list: # of (subject, object)
     "At most n pairs of objects, none of them in two pairs."
     order = rng(seed, "words").permutation(OBJECTS)
@@ -1018,13 +977,6 @@ def overlap(
     def gap(i, j): return np.linalg.norm(xy[..., i, :] - xy[..., j, :], axis=-1)
     return {"above_front": np.maximum(gap(0, 2), gap(1, 3)) / gap(0, 1),
             "above_behind": np.maximum(gap(0, 3), gap(1, 2)) / gap(0, 1)}
-
-def within_question(
-    words:np.ndarray, # (..., 2·p, d), two words of each question
-) -> np.ndarray: # the same shape
-    "Words relative to the mean of the two of their question."
-    pairs = words.reshape(*words.shape[:-2], -1, 2, words.shape[-1])
-    return (pairs - pairs.mean(-2, keepdims=True)).reshape(words.shape)
 
 def centrings(
     four:np.ndarray, # (pair, 4, d) above, below, front, behind

@@ -16,7 +16,7 @@ from tiny import tiny, tiny_llava
 from spatialid import depth as dp
 from spatialid.benchmarks import Benchmark, write_benchmark
 from spatialid.edits import add, gaussian, moves
-from spatialid.extraction import SpatialIDs, extract
+from spatialid.extraction import UNRELATED_TEMPLATES, WORD_TEMPLATES, SpatialIDs, extract, word_activations
 from spatialid.families import FAMILIES
 from spatialid.hooks import VLM
 from spatialid.query import Query
@@ -552,7 +552,7 @@ def test_the_overlap_of_known_places():
 
 
 def test_words_are_read_at_their_tokens_in_both_orders(llava):
-    words, vectors = dp.word_activations(llava, [("cup", "star")], 2)
+    words, vectors = word_activations(llava, [("cup", "star")], 2, WORD_TEMPLATES)
     assert words == ["above", "below", "front", "behind", "left", "right", "near", "far"]
     assert vectors.shape == (1, 8, llava.width)
     rows = []
@@ -604,9 +604,9 @@ def test_distances_of_words_are_in_units_of_the_scatter_of_unrelated_ones():
 
 
 def test_unrelated_words_are_read_like_those_of_place(llava):
-    words, vectors = dp.word_activations(llava, [("cup", "star")], 2, dp.UNRELATED_TEMPLATES)
+    words, vectors = word_activations(llava, [("cup", "star")], 2, UNRELATED_TEMPLATES)
     assert words[:4] == ["yes", "no", "red", "green"] and vectors.shape[:2] == (1, len(words))
-    assert not {*chain(*dp.WORD_TEMPLATES)} & set(words)
+    assert not {*chain(*WORD_TEMPLATES)} & set(words)
 
 
 def test_pairs_of_objects_share_none():

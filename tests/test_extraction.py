@@ -917,7 +917,7 @@ def test_a_checkpoint_has_another_file_for_other_settings():
 def test_words_are_the_same_in_both_orders(double):
     "Means over the two orders and over the pairs of each object; centred words are opposite to each other."
     ids = extract(double, subsample(squares(PAIRS, sizes=(224,)), 2), progress=False)
-    raw = extraction.word_activations(double, ids, 2)
+    raw = extraction.words_of_objects(double, ids, 2)
     assert raw.shape == (3, 4, ids.table.shape[-1]) and raw.dtype == np.float64
     question = "Is the {subject} to the {right} or {left} of the {object}?"
     by_hand = []
@@ -927,7 +927,7 @@ def test_words_are_the_same_in_both_orders(double):
             run = double.run([Query(None, text, words)], layers=[2], at="left")
             by_hand.append(run.residuals[2][0, 0].numpy())
     assert np.allclose(raw[ids.objects.index("cup"), 0], np.mean(by_hand, axis=0), atol=1e-10)
-    centred = extraction.centred_words(raw)
+    centred = extraction.within_question(raw)
     assert np.allclose(centred[:, 0], -centred[:, 1]) and np.allclose(raw[:, 2] - raw[:, 3], 2 * centred[:, 2])
 
 
@@ -940,6 +940,16 @@ def test_margins_of_words():
     margins = extraction.word_margins(ids, words, 1)
     assert margins["left"]["value"] == pytest.approx(1) and margins["right"]["value"] == pytest.approx(0, abs=1e-6)
     assert extraction.nearer(5.0, 0.0, 3.0) == -1 and margins["left"]["n"] == 4
+
+
+def test_words_apart_in_units_of_unrelated_words():
+    "Left and right three units apart along h, two unrelated pairs one and seven: root mean square five."
+    ids = random_ids(objects=4, noise=0)
+    h = orthonormal(ids.axes(1))[0]
+    def words(*along): return np.stack([np.stack([x * h for x in along])] * 4)
+    found = extraction.apart_over_unrelated(ids, words(-1, 2, 0, 0), words(0, 1, 8, 1), 1)
+    assert found["value"] == pytest.approx(3 / 5) and found["n"] == 4
+    assert extraction.apart_over_unrelated(ids, words(2, -1, 0, 0), words(0, 1, 8, 1), 1)["value"] < 0
 
 
 def ids_with_pairs(k=6, noise=0.5, sizes=(74, 224)):
