@@ -41,7 +41,8 @@ def entry_of(**rule):
     "A claim of the register."
     whole = {"notebook": "01_a", "key": "claims.share", "op": ">", "threshold": .5, **rule}
     return dict(id="x", source="§1", claim="c", sentence="It is so", paper="most of them", brief="most", note="",
-                measure="m", unit="coins", precondition="", headline=False, rule=whole, history=[])
+                number="share of heads", measure="m", unit="coins", precondition="", headline=False, rule=whole,
+                history=[])
 
 
 def write(folder, *entries): (folder/"claims.json").write_text(json.dumps(entries))
@@ -96,7 +97,8 @@ def test_the_register_says_all_it_has_to():
     entries = json.loads((NBS/"claims.json").read_text(encoding="utf-8"))
     assert len({e["id"] for e in entries}) == len(entries) and sum(e["headline"] for e in entries) == 10
     for e in entries:
-        assert set(e) == set(entry_of()) and all(e[key] for key in ("source", "claim", "brief", "measure", "unit"))
+        assert set(e) == set(entry_of()) and len(e["number"]) <= 60
+        assert all(e[key] for key in ("source", "claim", "brief", "number", "measure", "unit"))
         for change in e["history"]: assert set(change) == {"date", "was", "why"} and all(change.values())
         rules = e["rule"].get("all", [e["rule"]])
         assert all(part["op"] in OPS and {"key", "threshold"} <= set(part) for part in rules)
@@ -135,11 +137,11 @@ def test_what_was_run_without_an_interval_is_not_judged_and_says_why(tmp_path, m
 
 
 def test_models_stand_side_by_side_with_what_each_found_itself(tmp_path, monkeypatch):
-    "A mark, the number and its interval; nothing for a model without the results or that was not judged."
+    "A mark, the number, its interval and n; a dot where it was not judged, nothing for a model without the results."
     monkeypatch.setenv("SPATIALID_NOTEBOOKS", str(tmp_path))
     write(tmp_path, entry_of(), {**entry_of(notebook="02_b"), "id": "elsewhere"})
     for name, found in (("one", number(.7, .6, .8)), ("two", number(.5, .4, .6)), ("three", {"not_judged": "none"})):
         save_results(name, "01_a", {"claims": {"share": found}}, {"model": name})
     lines = side_by_side("01_a", ["one", "two", "three", "four"]).splitlines()
-    assert lines[0] == "| id | claim | one | two | three | four |"
-    assert lines[2:] == ["| x | c | ✓ 0.70 [0.60, 0.80] | ? 0.50 [0.40, 0.60] |  |  |"]
+    assert lines[0] == "| id | claim | number: holds if | one | two | three | four |"
+    assert lines[2:] == ["| x | c | share of heads: > 0.5 | ✓ 0.70 [0.60, 0.80], n 9 | ? 0.50 [0.40, 0.60], n 9 | · |  |"]
