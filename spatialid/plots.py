@@ -20,7 +20,7 @@ def ticks(layers) -> list:
 # %% ../nbs/lib/plots.ipynb #4d83e0c2
 GROUP_COLOURS = {
     "image": OKABE_ITO[0], "objects ± neighbours": OKABE_ITO[0], "subject": OKABE_ITO[1],
-    "whole object words": OKABE_ITO[1], "objects": OKABE_ITO[2], "object word": OKABE_ITO[2], "text": OKABE_ITO[3],
+    "objects": OKABE_ITO[2], "whole object words": OKABE_ITO[2], "object word": OKABE_ITO[2], "text": OKABE_ITO[3],
     "object": OKABE_ITO[5], "relation words": OKABE_ITO[4], "text but objects": OKABE_ITO[4],
     "colour words": OKABE_ITO[4], "last token": OKABE_ITO[7], "random words": OKABE_ITO[7], "other words": OKABE_ITO[7]}
 
@@ -35,8 +35,8 @@ def plot_curves(
     "Curves with their 95 % intervals, and the legend above them."
     for name in groups:
         low, high = np.quantile(c[name][1:], [0.025, 0.975], axis=0)
-        line, = ax.plot(c.layers - shift, c[name][0], marker="o", markersize=dot(c.layers), label=name,
-                        color=GROUP_COLOURS[name])
+        line, = ax.plot(c.layers - shift, c[name][0], "--" if name.startswith("whole") else "-", marker="o",
+                        markersize=dot(c.layers), label=name, color=GROUP_COLOURS[name])
         ax.fill_between(c.layers - shift, low, high, color=line.get_color(), alpha=0.18, linewidth=0)
     frame(ax, c.layers, shift)
     columns = 3 if len(groups) == 3 else 2
@@ -49,10 +49,11 @@ def legend_above(
     lines:int, # of the legend, and of notes below it
     **options, # of the legend
 ):
-    "A legend in the upper part of the panel, with the axis of a belief shift stretched until no curve reaches it."
+    "A legend in the upper part of the panel, the axis of a belief shift stretched beyond its ticks to make room."
     drawn = np.ravel([panel.dataLim.intervaly for panel in ax.get_shared_y_axes().get_siblings(ax)])
     low, high = (end([edge, *drawn[np.isfinite(drawn)]]) for end, edge in ((min, -0.08), (max, 1.05)))
     ax.set_ylim(low, high + 0.08 * (1 + lines) * (high - low))
+    ax.set_yticks([tick for tick in ax.get_yticks() if low <= tick <= high])
     ax.legend(fontsize=8, loc="upper left", **options)
 
 # %% ../nbs/lib/plots.ipynb #68a2fdea

@@ -137,11 +137,12 @@ def test_what_was_run_without_an_interval_is_not_judged_and_says_why(tmp_path, m
 
 
 def test_models_stand_side_by_side_with_what_each_found_itself(tmp_path, monkeypatch):
-    "A mark, the number, its interval and n; a dot where it was not judged, nothing for a model without the results."
+    "A mark, the number, its interval and n; a dot where it was not judged, nothing where there are no results."
     monkeypatch.setenv("SPATIALID_NOTEBOOKS", str(tmp_path))
     write(tmp_path, entry_of(), {**entry_of(notebook="02_b"), "id": "elsewhere"})
     for name, found in (("one", number(.7, .6, .8)), ("two", number(.5, .4, .6)), ("three", {"not_judged": "none"})):
         save_results(name, "01_a", {"claims": {"share": found}}, {"model": name})
     lines = side_by_side("01_a", ["one", "two", "three", "four"]).splitlines()
     assert lines[0] == "| id | claim | number: holds if | one | two | three | four |"
-    assert lines[2:] == ["| x | c | share of heads: > 0.5 | ✓ 0.70 [0.60, 0.80], n 9 | ? 0.50 [0.40, 0.60], n 9 | · |  |"]
+    assert lines[2:] == ["| x | c | share of heads: > 0.5 | ✓ 0.70 [0.60, 0.80], n 9 | ? 0.50 [0.40, 0.60], n 9 "
+                         "| · |  |"]

@@ -452,7 +452,7 @@ def test_readings_of_figure_4_and_its_marks():
     assert len(ms.words_table(ms.figure4_readings(replace(c, draws={k: c[k] for k in ms.FIGURE4}))).splitlines()) == 3
     left, right = ms.plot_figure4(Figure(), c, readings, ["text"])
     notes = [text.get_text() for text in left.texts if text.get_text()]
-    assert notes == ["grey: image → text at ℓ = 3.5 [3.5, 3.5]\ngreen: 80 % of the objects' effect, ℓ = 2 … 4"]
+    assert notes == ["dotted: image → text at ℓ = 3.5 [3.5, 3.5]\ngreen: 80 % of the objects' effect, ℓ = 2 … 4"]
     assert right.get_title() == "text"
 
 
