@@ -10,23 +10,27 @@ __all__ = ['ID_FILES', 'SLOTS', 'CELL_COLOURS', 'WORD_TEMPLATES', 'UNRELATED_TEM
            'pair_weights', 'subset_cosines', 'over_subsets', 'disjoint_halves', 'spread_layers', 'read_safetensors',
            'checked_slot', 'stored_ids', 'SceneIndex', 'grid_shape', 'check_filled', 'index_scenes', 'IDAccumulator',
            'stamp_of', 'write_checkpoint', 'read_checkpoint', 'seen_of', 'exchanged', 'whole_layers',
-           'checked_settings', 'subject_activations', 'accumulate', 'extract', 'stopped', 'RingSums', 'additive_fit',
-           'cell_table', 'reliability', 'extract_rings', 'subsample', 'middle_layers', 'plot_scenes', 'checkpoint_path',
-           'split_objects', 'statistics_table', 'plot_over_layers', 'plot_with_null', 'mark_layer', 'plot_layer_curves',
-           'onset', 'cell_colour', 'plot_ids', 'layer_title', 'plot_layers', 'word_activations', 'words_of_objects',
-           'within_question', 'nearer', 'word_margins', 'apart_over_unrelated', 'plot_words', 'name_of', 'plot_figure5',
-           'cost_of', 'cost_table', 'compare_designs', 'plot_designs', 'same_pictures', 'same_reach', 'plot_slots',
-           'nearest_column', 'nested_choices', 'PairSubsets', 'numbers_table', 'plot_scaling', 'plot_pairs',
-           'compare_ids', 'plot_prompts', 'size_invariance', 'plot_sizes', 'less', 'grid_claims', 'pair_claims',
-           'size_claims']
+           'checked_settings', 'subject_activations', 'accumulate', 'Part', 'this_part', 'ended_like_ctrl_c', 'add_up',
+           'run_part', 'extract', 'stopped', 'RingSums', 'additive_fit', 'cell_table', 'reliability', 'extract_rings',
+           'subsample', 'middle_layers', 'plot_scenes', 'checkpoint_path', 'split_objects', 'statistics_table',
+           'plot_over_layers', 'plot_with_null', 'mark_layer', 'plot_layer_curves', 'onset', 'cell_colour', 'plot_ids',
+           'layer_title', 'plot_layers', 'word_activations', 'words_of_objects', 'within_question', 'nearer',
+           'word_margins', 'apart_over_unrelated', 'plot_words', 'name_of', 'plot_figure5', 'cost_of', 'cost_table',
+           'compare_designs', 'plot_designs', 'same_pictures', 'same_reach', 'plot_slots', 'nearest_column',
+           'nested_choices', 'PairSubsets', 'numbers_table', 'plot_scaling', 'plot_pairs', 'compare_ids',
+           'plot_prompts', 'size_invariance', 'plot_sizes', 'less', 'grid_claims', 'pair_claims', 'size_claims']
 
 # %% ../nbs/03_extraction.ipynb #7ba219ac
 import hashlib
 import json
 import operator
+import os
+import signal
 import time
+from contextlib import contextmanager, nullcontext
 from copy import copy
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from functools import partial
 from itertools import chain, combinations
 from math import isqrt
@@ -37,6 +41,7 @@ import safetensors.numpy
 import torch
 from fastcore.basics import patch
 from safetensors import SafetensorError, safe_open
+from torch import distributed
 from tqdm import tqdm
 
 from .packing import can_share, capture_shared, together
@@ -612,12 +617,12 @@ class SceneIndex:
     @property
     def objects(self): return list(dict.fromkeys(b for _, b in self.pairs))
 
-    def batches(self, start:int, batch_size:int):
-        "Ranges of scenes from `start` on: never across two pairs, and cut at the same places whatever `start` is."
+    def batches(self, start:int, batch_size:int, stop:int|None=None):
+        "Ranges of scenes from `start` to `stop`: never across two pairs, cut at the same places whatever these are."
         ends = np.append(np.flatnonzero(np.diff(self.pair)) + 1, len(self.pair))
         for first, last in zip(np.append(0, ends[:-1]), ends):
             for begin in range(int(first), int(last), batch_size):
-                if begin >= start:
+                if start <= begin and (stop is None or begin < stop):
                     yield range(begin, min(begin + batch_size, int(last)))
 
 # %% ../nbs/03_extraction.ipynb #5d00d3f4
@@ -885,22 +890,103 @@ def accumulate(
     sums:IDAccumulator, # to which the activations are added
     vlm, # a `VLM`
     scenes, # grid scenes
+    mine:range, # numbers of those that this process runs
     text:str, # the query, φ is read at {subject}
     batch_size:int,
     save, # function without arguments that writes a checkpoint
     save_every:float, # seconds
     progress:bool,
 ):
-    "Run the model on every scene that was not added yet; writes a checkpoint from time to time."
+    "Run the model on every scene of this process that was not added yet; writes a checkpoint from time to time."
     saved = time.monotonic()
-    with tqdm(total=len(scenes), initial=sums.done, desc="extract", unit="image", disable=not progress,
+    with tqdm(total=len(mine), initial=sums.done, desc="extract", unit="image", disable=not progress,
               mininterval=1) as bar:
-        for rows in sums.index.batches(sums.done, batch_size):
+        for rows in sums.index.batches(mine.start + sums.done, batch_size, mine.stop):
             sums.add(rows, subject_activations(vlm, [scenes[i].query(text) for i in rows], sums.layers))
             bar.update(len(rows))
             if time.monotonic() - saved > save_every:
                 save()
                 saved = time.monotonic()
+
+# %% ../nbs/03_extraction.ipynb #c21d0002
+@dataclass(frozen=True)
+class Part:
+    "What one of several processes does of an extraction: neighbouring pairs, as many as the others or one more."
+    rank:int=0
+    world:int=1 # processes
+
+    def scenes(self, index:SceneIndex)->range:
+        "The numbers of its scenes. ValueError where there are fewer pairs than processes."
+        if self.world > len(index.pairs):
+            raise ValueError(f"{self.world} processes for {len(index.pairs)} pairs of objects: "
+                             "start at most one process for each pair")
+        pairs = np.array_split(np.arange(len(index.pairs)), self.world)[self.rank]
+        return range(*(int(i) for i in np.searchsorted(index.pair, [pairs[0], pairs[-1] + 1])))
+
+    def file(self, checkpoint): # a path, or None
+        "Its own checkpoint."
+        return checkpoint if self.world == 1 or not checkpoint else f"{checkpoint}.{self.rank + 1}of{self.world}"
+
+
+def this_part()->Part:
+    "The part of this process, where `torchrun` or `accelerate launch` has started several; else all."
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if world == 1: return Part()
+    if not distributed.is_initialized(): distributed.init_process_group("gloo")
+    return Part(distributed.get_rank(), world)
+
+# %% ../nbs/03_extraction.ipynb #c21d0003
+@contextmanager
+def ended_like_ctrl_c():
+    "SIGTERM, by which `torchrun` ends the processes beside one that failed, stops as Ctrl-C does: work is kept."
+    def stop(*_): raise KeyboardInterrupt
+    before = signal.signal(signal.SIGTERM, stop)
+    try: yield
+    finally: signal.signal(signal.SIGTERM, before)
+
+
+def add_up(
+    sums:IDAccumulator, # of this process, complete
+    part:Part,
+)->IDAccumulator: # of all processes
+    "The sums of all processes, added in the order of their ranks. RuntimeError if one of them has ended."
+    total = None
+    group = distributed.new_group(backend="gloo", timeout=timedelta(days=7))  # one may have far more to do
+    for rank in range(part.world):
+        other = copy(sums)
+        other.sums = {name: array.copy() for name, array in sums.sums.items()}
+        try:
+            for array in other.sums.values(): distributed.broadcast(torch.from_numpy(array), rank, group)
+        except RuntimeError as e:
+            raise RuntimeError(f"process {rank + 1} of {part.world} of this extraction has ended: start all of them "
+                               "again with the same command, each goes on from its checkpoint") from e
+        total = other if total is None else total.merge(other)
+    return total
+
+# %% ../nbs/03_extraction.ipynb #c21d0004
+def run_part(
+    sums:IDAccumulator, # without activations
+    vlm, # a `VLM`
+    scenes, # grid scenes
+    text:str, # the query, φ is read at {subject}
+    part:Part, # of the scenes
+    checkpoint, # file, or None
+    settings:dict, # what the extraction depends on beside model and scenes
+    save_every:float, # seconds
+    progress:bool,
+):
+    """Accumulate the scenes of this process, from its checkpoint on; saved when it is interrupted, and at the end."""
+    mine, file = part.scenes(sums.index), part.file(checkpoint)
+    stamp = stamp_of(vlm, *seen_of(scenes, sums.index), **settings) if file else None
+    save = partial(sums.save, file, stamp) if file else lambda: None
+    if file: sums.load(file, stamp)
+    try:
+        with ended_like_ctrl_c() if part.world > 1 else nullcontext():
+            accumulate(sums, vlm, scenes, mine, text, settings["batch_size"], save, save_every, progress)
+    except KeyboardInterrupt:
+        if sums.done and sums.whole: save()
+        raise KeyboardInterrupt(stopped(sums.done, len(mine), file)) from None
+    save()
 
 # %% ../nbs/03_extraction.ipynb #6019fb57
 def extract(
@@ -919,9 +1005,10 @@ def extract(
     """Spatial IDs of a model (Eq. 2-4): one forward per image; of `RingScenes` as `extract_rings` does, of one slot.
 
     (Rings come in passes of their own size and without a bar.)
-    Interrupted with a checkpoint, the same call goes on and ends bit-identically. ValueError for an unknown protocol or
-    slot, a batch_size below 1, a template without the mark to read, scenes that do not fill the grid, another
-    extraction's checkpoint."""
+    Interrupted with a checkpoint, the same call goes on and ends bit-identically. Several processes of `torchrun`
+    share the pairs, and each returns the IDs. ValueError for an unknown protocol or slot, a batch_size below 1, a
+    template without the mark to read, scenes that do not fill the grid, another extraction's checkpoint, more processes
+    than pairs; RuntimeError if another process has ended."""
     if isinstance(scenes, RingScenes):
         if protocol != "paper" or whole_layers(pair_layers):
             raise ValueError("rings have no pairs of their own and no released protocol: give GridScenes for those")
@@ -934,17 +1021,9 @@ def extract(
     sums = IDAccumulator(index_scenes(scenes), layers, protocol, pair_layers)
     settings = dict(template=template, layers=layers, protocol=protocol, batch_size=batch_size,
                     pair_layers=pair_layers, slot=slot)
-    stamp = stamp_of(vlm, *seen_of(scenes, sums.index), **settings) if checkpoint else None
-    save = partial(sums.save, checkpoint, stamp) if checkpoint else lambda: None
-    if checkpoint:
-        sums.load(checkpoint, stamp)
-    try:
-        accumulate(sums, vlm, scenes, text, batch_size, save, save_every, progress)
-    except KeyboardInterrupt:
-        if sums.done and sums.whole:
-            save()
-        raise KeyboardInterrupt(stopped(sums.done, len(scenes), checkpoint)) from None
-    save()
+    part = this_part()
+    run_part(sums, vlm, scenes, text, part, checkpoint, settings, save_every, progress and not part.rank)
+    if part.world > 1: sums = add_up(sums, part)
     source = getattr(scenes[0], "source", scenes)
     described = source.describe() if hasattr(source, "describe") else None
     return sums.finish(template, make_provenance(vlm, images=len(scenes), scenes=described, **settings), slot)
@@ -1144,8 +1223,10 @@ def extract_rings(
 
     Their provenance says how many pictures and passes it took, and how reliable they are: see `reliability`, the less
     reliable slot, at the layer of the best grid score. Interrupted with a checkpoint, the same
-    call goes on and ends bit-identically. ValueError for another extraction's checkpoint."""
+    call goes on and ends bit-identically. ValueError for another extraction's checkpoint, or in one of several
+    processes."""
     exchanged(template) # both marks are there
+    if this_part().world > 1: raise ValueError("one process reads rings, in a minute: start it without torchrun")
     layers = whole_layers(layers) or list(range(1, vlm.n_layers + 1))
     sums = RingSums(scenes.names, scenes.m, layers, scenes.round)
     settings = dict(template=template, layers=layers, at_once=at_once)

@@ -8,7 +8,7 @@ __all__ = ['STAND_IN', 'DTYPES', 'RULES', 'Turn', 'Eager', 'VLM', 'joins', 'Layo
            'steering']
 
 # %% ../nbs/00_hooks.ipynb #c205cba9
-import hashlib, inspect, re, threading, unicodedata
+import hashlib, inspect, os, re, threading, unicodedata
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import accumulate, count, product
@@ -1076,7 +1076,8 @@ def load(cls:VLM,
     organism = name in bundled() or bool(getattr(config, "organism", False))
     processor = _load_processor(name, part("processor_config.json", "preprocessor_config.json"), hub)
     dtype = _dtype_of(dtype, checkpoint, organism, config)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    gpu = f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ else "cuda"  # each process its own
+    device = device or (gpu if torch.cuda.is_available() else "cpu")
     if "device_map" not in kwargs: _check_memory(name, config, dtype, device)
     model = _load_weights(name, source, adapter, dtype, merge, organism, kwargs)
     if "device_map" not in kwargs: model = model.to(device)

@@ -1105,3 +1105,79 @@ def test_figures_show_what_they_say():
     labels = [text.get_text() for text in ax.texts]
     assert any(label.startswith("left (×") for label in labels) and "right" in labels
     assert "tiny (organism, 6 objects, 7 images), layer 1 of 1" in ax.get_title()
+
+
+# --- several processes
+
+def test_parts_are_whole_pairs_and_all_of_them():
+    index = index_scenes(subsample(squares(), 2))
+    for world in (1, 2, 4, len(index.pairs)):
+        parts = [extraction.Part(rank, world).scenes(index) for rank in range(world)]
+        assert [i for part in parts for i in part] == list(range(len(index.pair)))
+        for part in parts[1:]: assert index.pair[part.start] != index.pair[part.start - 1]
+        batches = [list(rows) for part in parts for rows in index.batches(part.start, 7, part.stop)]
+        assert batches == [list(rows) for rows in index.batches(0, 7)]
+    with pytest.raises(ValueError, match="9 processes for 4 pairs of objects: start at most one"):
+        extraction.Part(0, 9).scenes(index)
+    assert extraction.Part(1, 2).file("c.safetensors") == "c.safetensors.2of2" and extraction.Part().file("c") == "c"
+
+
+def test_rings_are_read_by_one_process(monkeypatch):
+    monkeypatch.setattr(extraction, "this_part", lambda: extraction.Part(0, 2))
+    with pytest.raises(ValueError, match="one process reads rings, in a minute: start it without torchrun"):
+        extraction.extract_rings(None, [], "{subject} {object}")
+
+
+PARTS = """
+import os, sys, time
+sys.path.insert(0, {tests!r})
+import torch
+torch.set_num_threads(1)
+from test_extraction import *
+class Counted(VLM):
+    def run(self, queries, *args, **kwargs):
+        with open({folder!r} + "/images." + os.environ["RANK"], "a") as f: f.write("x" * len(queries))
+        if os.environ["RANK"] == {killed!r} and os.path.getsize({folder!r} + "/images." + os.environ["RANK"]) > 40:
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep({pause})
+        return super().run(queries, *args, **kwargs)
+ids = extract(Counted(*tiny_llava(), name="tiny"), subsample(squares(), 3), batch_size=16, pair_layers=[2],
+              checkpoint={folder!r} + "/c", save_every=0, progress=False)
+ids.save({folder!r} + f"/ids.{{os.environ['RANK']}}")
+"""
+
+
+def in_two(folder, killed="", pause=0):
+    "Runs `PARTS` in two processes of `torchrun`: what they say, and how many pictures each has run so far."
+    (folder/"parts.py").write_text(PARTS.format(tests=str(Path(__file__).parent), folder=str(folder), killed=killed,
+                                                pause=pause))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    ended = subprocess.run([*launch, folder/"parts.py"], env={**os.environ, "OMP_NUM_THREADS": "1"},
+                           cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=300)
+    return ended, [(folder/f"images.{rank}").stat().st_size for rank in range(2)]
+
+
+@pytest.mark.slow
+def test_two_processes_extract_what_one_does_and_go_on_after_one_was_killed(tmp_path):
+    "The same bits as the two parts added in one process; no picture of a kept batch is run twice."
+    ended, images = in_two(tmp_path, killed="1", pause=0.2)
+    assert ended.returncode and "the same call goes on from" in ended.stderr and "/c.1of2" in ended.stderr
+    assert not (tmp_path/"ids.0").exists() and 0 < images[1] < 144
+    ended, images = in_two(tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    scenes, vlm = subsample(squares(), 3), VLM(*tiny_llava(), name="tiny")
+    assert sum(images) <= len(scenes) + 3 * 16, "what was kept was run again"
+    one, total = IDAccumulator(index_scenes(scenes), vlm_layers(vlm), pair_layers=[2]), None
+    for rank in range(2):
+        part = extraction.Part(rank, 2)
+        sums = IDAccumulator(one.index, one.layers, pair_layers=[2])
+        extraction.run_part(sums, vlm, scenes, TEMPLATE, part, None, {"batch_size": 16}, 30, False)
+        total = sums if total is None else total.merge(sums)
+    alone = total.finish(TEMPLATE)
+    for rank in range(2):
+        ids = SpatialIDs.load(tmp_path/f"ids.{rank}")
+        assert np.array_equal(ids.table, alone.table) and np.array_equal(ids.pair_ids, alone.pair_ids)
+        assert ids.provenance["params"]["images"] == len(scenes)
+
+
+def vlm_layers(vlm): return list(range(1, vlm.n_layers + 1))
