@@ -45,6 +45,7 @@ from torch import distributed
 from tqdm import tqdm
 
 from .packing import can_share, capture_shared, together
+from .processes import ahead
 from .scenes import RingScenes
 from .stats import absolute, around, as_text, leave_one_out, not_judged, over_null, rng, with_interval
 from .store import provenance as make_provenance, results_dir, results_root, stored_path, write_bytes
@@ -897,12 +898,15 @@ def accumulate(
     save_every:float, # seconds
     progress:bool,
 ):
-    "Run the model on every scene of this process that was not added yet; writes a checkpoint from time to time."
+    """Run the model on every scene of this process that was not added yet; writes a checkpoint from time to time.
+
+    The pictures of the next batch are drawn while the model runs."""
     saved = time.monotonic()
     with tqdm(total=len(mine), initial=sums.done, desc="extract", unit="image", disable=not progress,
               mininterval=1) as bar:
-        for rows in sums.index.batches(mine.start + sums.done, batch_size, mine.stop):
-            sums.add(rows, subject_activations(vlm, [scenes[i].query(text) for i in rows], sums.layers))
+        def draw(rows): return [scenes[i].query(text) for i in rows]
+        for rows, queries in ahead(draw, sums.index.batches(mine.start + sums.done, batch_size, mine.stop)):
+            sums.add(rows, subject_activations(vlm, queries, sums.layers))
             bar.update(len(rows))
             if time.monotonic() - saved > save_every:
                 save()

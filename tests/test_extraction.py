@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from spatialid.extraction import (
     IDAccumulator, SpatialIDs, axis_null, choices, choose_layer, compare_slots, cosines, disjoint_halves,
     effective_dimensions, exchanged, extract, grid_axes, grid_design, grid_null, grid_statistics, index_scenes, on_axes,
     orthonormal, over_subsets, pair_weights, smooth_codes, spread_layers, stored_ids, subsample, subset_cosines)
+from spatialid.processes import ahead
 from spatialid.stats import around, leave_one_out, over_null, with_interval
 from spatialid.hooks import VLM
 from spatialid.query import Query
@@ -1181,3 +1183,18 @@ def test_two_processes_extract_what_one_does_and_go_on_after_one_was_killed(tmp_
 
 
 def vlm_layers(vlm): return list(range(1, vlm.n_layers + 1))
+
+
+def test_the_next_batch_is_drawn_while_the_model_runs():
+    "In order, once each, the next one begun before this one is used up; what fails is raised."
+    begun = [threading.Event() for _ in range(4)]
+    def draw(k):
+        assert not begun[k].is_set()
+        begun[k].set()
+        return -k
+    found = []
+    for k, made in ahead(draw, range(4)):
+        found.append((k, made))
+        assert k == 3 or begun[k + 1].wait(20)
+    assert found == [(k, -k) for k in range(4)]
+    with pytest.raises(ZeroDivisionError): list(ahead(lambda k: 1 // k, [2, 1, 0]))
