@@ -44,6 +44,7 @@ from safetensors import SafetensorError, safe_open
 from torch import distributed
 from tqdm import tqdm
 
+from .hub import pull_ids, push_ids
 from .packing import can_share, capture_shared, together
 from .processes import ahead
 from .scenes import RingScenes
@@ -540,9 +541,13 @@ _ARRAYS = ("table", "counts", "pair_ids")
 @patch
 def save(self:SpatialIDs, path)->Path:
     "Write the IDs as safetensors, in one step; names and provenance are JSON in the metadata."
-    arrays = {k: np.ascontiguousarray(getattr(self, k)) for k in _ARRAYS if getattr(self, k) is not None}
-    names = {k: v for k, v in vars(self).items() if k not in (*_ARRAYS, "weights")}
-    return write_bytes(path, safetensors.numpy.save(arrays, metadata={"spatial_ids": json.dumps(names)}))
+    return write_bytes(path, _as_bytes(self))
+
+def _as_bytes(ids):
+    "IDs as a safetensors file."
+    arrays = {k: np.ascontiguousarray(getattr(ids, k)) for k in _ARRAYS if getattr(ids, k) is not None}
+    names = {k: v for k, v in vars(ids).items() if k not in (*_ARRAYS, "weights")}
+    return safetensors.numpy.save(arrays, metadata={"spatial_ids": json.dumps(names)})
 
 
 def read_safetensors(path, key:str)->tuple[dict, dict]:
@@ -601,6 +606,33 @@ def stored_ids(
         raise ValueError(f"the spatial IDs of {model} were extracted from other weights than those of {vlm.name}: "
                          f"load that model, or run notebook 03 again ({again})")
     return ids
+
+# %% ../nbs/03_extraction.ipynb #36915870
+@patch
+def card(self:SpatialIDs)->dict:
+    "What there is to say of the IDs beside their numbers: model and weights, layers, cells, objects, provenance."
+    rows, m, width = self.table.shape[-3:]
+    names = {k: getattr(self, k) for k in ("objects", "sizes", "layers", "template", "slot", "protocol")}
+    model = {k: self.provenance.get(k) for k in ("model", "revision", "weight_hash")}
+    return {**model, **names, "cells": [m, rows], "width": width, "pairs": len(self.pairs),
+            "images": int(self.counts.sum()), "provenance": self.provenance}
+
+@patch
+def push_to_hub(self:SpatialIDs,
+    repo_id:str, # owner/name, made if it is not there
+    private:bool=False, # is a repository that is made closed to others?
+)->str: # the address of the commit
+    "Write the IDs and their card to the Hub. Raises as `push_ids`: no token, no network, no such name."
+    return push_ids(repo_id, ID_FILES[self.slot], _as_bytes(self), self.card(), private)
+
+@patch(cls_method=True)
+def from_hub(cls:SpatialIDs,
+    repo_id:str, # owner/name
+    revision:str|None=None, # branch, tag or commit; the newest by default
+    slot:str="first", # or "second": IDs of the object named second
+)->SpatialIDs:
+    "The IDs that `push_to_hub` wrote. Raises as `pull_ids`: no network, no such repository, another file."
+    return cls.load(pull_ids(repo_id, ID_FILES[checked_slot(slot)], revision))
 
 # %% ../nbs/03_extraction.ipynb #329ef447
 @dataclass

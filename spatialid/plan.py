@@ -11,6 +11,7 @@ __all__ = ['TAIL', 'PROCESS', 'SWEEPS', 'DESIGNS', 'config_of', 'processor_of', 
 
 # %% ../nbs/lib/plan.ipynb #f64e033e
 import ast
+import json
 import re
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -35,7 +36,7 @@ from .registry import HUB, Checkpoint, adapter_of, bundled, find_checkpoint, loc
 from .runner import UsageError, experiments, parameters_of, read_notebook
 from .scenes import GridScenes, grid_pairs
 from .stats import markdown_table
-from .store import read_results, results_root
+from .store import results_root
 from .sweeps import swept_layers
 
 # %% ../nbs/lib/plan.ipynb #6e3fd7fd
@@ -327,7 +328,7 @@ def designed(
 def counted_runs() -> dict: # {notebook: {"model", "blocks", "quick", "whole", "resumed"}}
     "What `tools/forwards.py` has counted; empty where it has not run."
     path = results_root()/"results"/"forwards.json"
-    return read_results(path) if path.is_file() else {}
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 def passes(
     path:Path, # of a notebook

@@ -60,7 +60,7 @@ def test_a_notebook_depends_on_what_it_imports_from_the_package():
 
 LAYERS = (
     {"query", "pictures", "registry", "stats", "processes"},
-    {"store", "adapters", "families", "questions"},
+    {"store", "adapters", "families", "questions", "hub"},
     {"hooks", "claims", "replay", "groups", "plots"},
     {"sweeps", "edits", "scenes", "packing"},
     {"videos", "wordings", "extraction", "ceiling"},
