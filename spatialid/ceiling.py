@@ -13,7 +13,7 @@ from PIL import ImageOps
 
 from .edits import BOTH
 from .groups import whole_objects
-from .stats import bootstrap
+from .stats import as_text, newcombe, not_judged, ratio
 from .sweeps import sweep
 
 # %% ../nbs/lib/ceiling.ipynb #534ced02
@@ -41,14 +41,12 @@ def mirror_swaps(
 
 # %% ../nbs/lib/ceiling.ipynb #77b2ad6f
 def efficiency(
-    gained, # (B,) ID − noise
-    room, # (B,) ceiling − noise, of the same questions
-    seed:int=0, # of the bootstrap
+    ids:dict, # share swapped: value, low, high, n, as `wilson` gives them
+    noise:dict,
+    ceiling:dict,
 ) -> dict: # value, low, high, n; None with a reason where there is no room
-    """How much of what could turn the IDs turn: ratio of the means, resampling questions."""
-    clear = bootstrap(room, seed=seed)
-    if clear["low"] <= 0:
-        why = f"the ceiling is {clear['value']:.2f} above noise, not clear of it"
-        return {"value": None, "low": None, "high": None, "n": clear["n"], "not_judged": why}
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return bootstrap(np.stack([gained, room], 1), lambda v: v[:, 0].mean() / v[:, 1].mean(), seed=seed)
+    """How much of what could turn the IDs turn: (IDs − noise) / (ceiling − noise), see `ratio`."""
+    room = newcombe(ceiling, noise)
+    found = ratio(newcombe(ids, noise), room)
+    if found["value"] is not None: return found
+    return not_judged(f"the ceiling is {as_text(room)} above noise, not clear of it", room["n"])

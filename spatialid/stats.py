@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Z95', 'rng', 'absolute', 'as_text', 'Estimate', 'spanning', 'bootstrap', 'wilson', 'student_95', 'over_seeds',
-           'not_judged', 'texts_of', 'markdown_table', 'number_table', 'around', 'leave_one_out', 'resample',
-           'with_interval', 'over_null', 'shortest_run', 'band_ends', 'estimate']
+           'not_judged', 'texts_of', 'markdown_table', 'number_table', 'newcombe', 'newcombe_paired', 'ratio', 'around',
+           'leave_one_out', 'resample', 'with_interval', 'over_null', 'shortest_run', 'band_ends', 'estimate']
 
 # %% ../nbs/lib/stats.ipynb #427a7154
 import hashlib
@@ -189,6 +189,44 @@ def number_table(
         texts = {column: _cell_text(value, digits) for column, value in row.items()}
         lines.append([name, *(texts.get(column, "") for column in columns)])
     return markdown_table([corner, *columns], lines)
+
+# %% ../nbs/lib/stats.ipynb #c23a0002
+def newcombe(
+    a:dict, # value, low, high, n: see `wilson`
+    b:dict,
+    phi:float=0.0, # correlation of the two, where the same units are behind both
+) -> dict: # value, low, high, n of a − b
+    """The difference of two proportions with its interval by square-and-add. Newcombe (1998), method 10."""
+    def length(x, y): return float(np.sqrt(max(0.0, x**2 - 2 * phi * x * y + y**2)))
+    value = a["value"] - b["value"]
+    low = value - length(a["value"] - a["low"], b["high"] - b["value"])
+    high = value + length(a["high"] - a["value"], b["value"] - b["low"])
+    return {"value": value, "low": low, "high": high, "n": min(a["n"], b["n"])}
+
+def newcombe_paired(
+    a:np.ndarray, # (n,) of 0 and 1
+    b:np.ndarray, # (n,) of the same units
+) -> dict: # value, low, high, n of the difference of their shares
+    """The difference of two proportions of the same units. Newcombe (1998), for paired data, method 10."""
+    n, a, b = len(a), np.asarray(a, dtype=float), np.asarray(b, dtype=float)
+    margins = a.sum() * b.sum() * (n - a.sum()) * (n - b.sum())
+    together = (a * b).sum() * ((1 - a) * (1 - b)).sum() - (a * (1 - b)).sum() * ((1 - a) * b).sum()
+    if together > 0: together = max(0.0, together - n / 2)  # his correction for continuity
+    return newcombe(wilson(a), wilson(b), together / np.sqrt(margins) if margins else 0.0)
+
+# %% ../nbs/lib/stats.ipynb #c23a0004
+def ratio(
+    a:dict, # value, low, high, n
+    b:dict, # the same, its interval clear of 0
+) -> dict: # value, low, high, n of a / b; None with a reason where b is not clear of 0
+    """A ratio with its interval from those of both. Donner and Zou (2012), method of variance estimates recovery."""
+    if b["low"] <= 0 or b["high"] >= 2 * b["value"]: return not_judged(f"{as_text(b)} is not clear of 0", b["n"])
+    x, y = a["value"], b["value"]
+    def end(sign, p, q): # from a limit of a and one of b
+        root = math.sqrt(max(0.0, (x * y) ** 2 - p * q * (2 * x - p) * (2 * y - q)))
+        return (x * y + sign * root) / (q * (2 * y - q))
+    low, high = end(-1, a["low"], b["high"]), end(1, a["high"], b["low"])
+    return {"value": x / y, "low": low, "high": high, "n": min(a["n"], b["n"])}
 
 # %% ../nbs/lib/stats.ipynb #57fd416b
 def around(

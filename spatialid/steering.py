@@ -8,26 +8,25 @@ __all__ = ['ARMS', 'DOSES', 'ARM_COLOURS', 'PUBLISHED', 'DOSE_COLUMNS', 'RING_PI
            'QuestionSource', 'show_question', 'plot_answers', 'masks_of_kinds', 'steered_answers', 'adversarial',
            'fig2_edits', 'draws_of_arms', 'readings', 'dose_edits', 'other_doses', 'dose_controls', 'fig2_dose_edits',
            'swaps_at_dose', 'dose_readings', 'plot_line', 'zero_line', 'plot_swaps', 'listed_layers', 'plot_bars',
-           'plot_rules', 'plot_dose_readings', 'plot_fig2', 'newcombe', 'newcombe_paired', 'moves_by_slot',
-           'chosen_dose', 'with_gain', 'at_layer', 'at_dose', 'second_noun_ids', 'dose_choices', 'dose_table',
-           'rows_of_words', 'word_by_word', 'whole_word_swaps', 'ceiling_numbers', 'wilson_by_layer', 'plot_dose',
-           'plot_estimates', 'layers_beside', 'dose_points', 'plot_dose_choice', 'rings_like', 'packed_ring_ids',
-           'ring_numbers', 'fig2_claims', 'norm_growth', 'norm_numbers', 'occurrences', 'released_scale', 'with_noise',
-           'largest_only', 'variant_edits', 'swaps_of_variants', 'repeated_words', 'one_spelling', 'word_said',
-           'other_scorings', 'scoring_numbers', 'reworded', 'answers_turned', 'other_prompts', 'swaps_of_prompt',
-           'choice_numbers', 'ranked_choices', 'not_ranked', 'plot_choices', 'same_places', 'apart_edits', 'line_edits',
-           'late_edits', 'effect_band', 'band_numbers', 'push_effect', 'wrong_answers', 'example_question',
-           'plot_fig6a', 'changes_along', 'answer_groups', 'smaller_mean', 'rises', 'rightmost_less_leftmost',
-           'plot_change', 'plot_fig6b', 'across_by_answer', 'same_trend', 'axis_slopes', 'off_over_on',
-           'off_axis_ratios', 'at_layers', 'direction_numbers', 'step_norms', 'plot_a16', 'arranged', 'question_about',
-           'near_far', 'in_between', 'made_questions', 'plot_made', 'relation_pushes', 'relation_edits',
-           'implied_distances', 'relation_changes', 'right_share', 'relation_numbers', 'relation_table',
-           'plot_relation', 'surrounded', 'ring_edits', 'ring_slopes', 'plot_ring', 'scene_place', 'movable_questions',
-           'redrawn', 'towards', 'path_names', 'move_edits', 'path_changes', 'outside_changes', 'beyond_steps',
-           'plot_path', 'AtWord', 'at_word', 'relation_words', 'ids_at_words', 'word_scenes', 'rows_of', 'mean_of',
-           'table1_edits', 'table1_swaps', 'less_noise', 'table1_numbers', 'table1_text', 'id_strength', 'fig9_numbers',
-           'pad_figure', 'pad_odds', 'pad_queries', 'pad_scene', 'plot_pad', 'playground', 'claim_or_reason',
-           'fig6a_results', 'fig6b_results']
+           'plot_rules', 'plot_dose_readings', 'plot_fig2', 'moves_by_slot', 'chosen_dose', 'with_gain', 'at_layer',
+           'at_dose', 'second_noun_ids', 'dose_choices', 'dose_table', 'rows_of_words', 'word_by_word',
+           'whole_word_swaps', 'ceiling_numbers', 'wilson_by_layer', 'plot_dose', 'plot_estimates', 'layers_beside',
+           'dose_points', 'plot_dose_choice', 'rings_like', 'packed_ring_ids', 'ring_numbers', 'fig2_claims',
+           'norm_growth', 'norm_numbers', 'occurrences', 'released_scale', 'with_noise', 'largest_only',
+           'variant_edits', 'swaps_of_variants', 'repeated_words', 'one_spelling', 'word_said', 'other_scorings',
+           'scoring_numbers', 'reworded', 'answers_turned', 'other_prompts', 'swaps_of_prompt', 'choice_numbers',
+           'ranked_choices', 'not_ranked', 'plot_choices', 'same_places', 'apart_edits', 'line_edits', 'late_edits',
+           'effect_band', 'band_numbers', 'push_effect', 'wrong_answers', 'example_question', 'plot_fig6a',
+           'changes_along', 'answer_groups', 'smaller_mean', 'rises', 'rightmost_less_leftmost', 'plot_change',
+           'plot_fig6b', 'across_by_answer', 'same_trend', 'axis_slopes', 'off_over_on', 'off_axis_ratios', 'at_layers',
+           'direction_numbers', 'step_norms', 'plot_a16', 'arranged', 'question_about', 'near_far', 'in_between',
+           'made_questions', 'plot_made', 'relation_pushes', 'relation_edits', 'implied_distances', 'relation_changes',
+           'right_share', 'relation_numbers', 'relation_table', 'plot_relation', 'surrounded', 'ring_edits',
+           'ring_slopes', 'plot_ring', 'scene_place', 'movable_questions', 'redrawn', 'towards', 'path_names',
+           'move_edits', 'path_changes', 'outside_changes', 'beyond_steps', 'plot_path', 'AtWord', 'at_word',
+           'relation_words', 'ids_at_words', 'word_scenes', 'rows_of', 'mean_of', 'table1_edits', 'table1_swaps',
+           'less_noise', 'table1_numbers', 'table1_text', 'id_strength', 'fig9_numbers', 'pad_figure', 'pad_odds',
+           'pad_queries', 'pad_scene', 'plot_pad', 'playground', 'claim_or_reason', 'fig6a_results', 'fig6b_results']
 
 # %% ../nbs/04_steering.ipynb #0f513cbf
 import re
@@ -49,7 +48,8 @@ from .plots import ticks
 from .query import Query
 from .questions import BENCHMARK_KINDS, LEFT_RIGHT, QUESTIONS, answers_right, questions
 from .scenes import COLOURS, FreeScenes, GridScenes, RingScenes, Scene, Thing, grid_pairs
-from .stats import as_text, band_ends, bootstrap, markdown_table, not_judged, number_table, rng, wilson
+from .stats import (
+    as_text, band_ends, bootstrap, markdown_table, newcombe, newcombe_paired, not_judged, number_table, rng, wilson)
 from .store import OKABE_ITO, style
 from .sweeps import at_every_layer, change, middle_third, odds, slope, sweep
 
@@ -407,30 +407,6 @@ def plot_fig2(
     fig.legend(handles=published[:3], loc="outside lower center", ncols=3, fontsize=8)
     return fig
 
-# %% ../nbs/04_steering.ipynb #644c80c4
-def newcombe(
-    a:dict, # value, low, high, n: see `wilson`
-    b:dict,
-    phi:float=0.0, # correlation of the two, where the same units are behind both
-) -> dict: # value, low, high, n of a − b
-    """The difference of two proportions with its interval by square-and-add. Newcombe (1998), method 10."""
-    def length(x, y): return float(np.sqrt(max(0.0, x**2 - 2 * phi * x * y + y**2)))
-    value = a["value"] - b["value"]
-    low = value - length(a["value"] - a["low"], b["high"] - b["value"])
-    high = value + length(a["high"] - a["value"], b["value"] - b["low"])
-    return {"value": value, "low": low, "high": high, "n": min(a["n"], b["n"])}
-
-def newcombe_paired(
-    a:np.ndarray, # (n,) of 0 and 1
-    b:np.ndarray, # (n,) of the same units
-) -> dict: # value, low, high, n of the difference of their shares
-    """The difference of two proportions of the same units. Newcombe (1998), for paired data, method 10."""
-    n, a, b = len(a), np.asarray(a, dtype=float), np.asarray(b, dtype=float)
-    margins = a.sum() * b.sum() * (n - a.sum()) * (n - b.sum())
-    together = (a * b).sum() * ((1 - a) * (1 - b)).sum() - (a * (1 - b)).sum() * ((1 - a) * b).sum()
-    if together > 0: together = max(0.0, together - n / 2)  # his correction for continuity
-    return newcombe(wilson(a), wilson(b), together / np.sqrt(margins) if margins else 0.0)
-
 # %% ../nbs/04_steering.ipynb #a256e6ae
 def moves_by_slot(
     slots, # `SpatialIDs` of each row: read at the first noun, at the second, ...
@@ -575,7 +551,6 @@ def ceiling_numbers(
     layer:int, # the chosen one
     which:np.ndarray, # (n,) indices of the questions of `turns` among the B
     n_choice:int, # of the B questions, the first ones: the ceiling's layer is chosen on those
-    seed:int=0, # of the bootstrap
 ) -> dict: # {where: {rows: {value, low, high, n}}}, of the same questions {rows: {arm: ...}}
     "The mediation ceiling on the later questions, the same questions steered, and the ID efficiency, rows for rows."
     later, best, same, efficient = which >= n_choice, {}, {}, {}
@@ -583,7 +558,7 @@ def ceiling_numbers(
         at = int(v[:, ~later].mean(1).argmax())
         arms = {arm: share[which[later]] for arm, share in shares[rows].items()}
         best[rows], same[rows] = {"layer": layers[at], **wilson(v[at][later])}, with_gain(arms)
-        efficient[rows] = efficiency(arms["ID"] - arms["noise"], v[at][later] - arms["noise"], seed)
+        efficient[rows] = efficiency(same[rows]["ID"], same[rows]["noise"], best[rows])
     here = {rows: wilson(v[layers.index(layer)][later]) for rows, v in turns.items()}
     return {"at the chosen layer": here, "best layer, chosen on half": best, "same questions": same,
             "efficiency": efficient}

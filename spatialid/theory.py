@@ -44,7 +44,7 @@ from .organisms import BUILDERS, WHERE, Recipe, Stage, build, train, training_lo
 from .query import Query
 from .questions import LEFT_RIGHT, questions
 from .scenes import OBJECTS, FreeScenes, GridScene, GridScenes, Objects, grid_pairs
-from .stats import as_text, bootstrap, markdown_table, not_judged, over_seeds, rng, with_interval
+from .stats import as_text, bootstrap, markdown_table, not_judged, over_seeds, rng, wilson, with_interval
 from .plots import ticks
 from .ceiling import efficiency, mirror_swaps, swapped
 from .store import OKABE_ITO, load_results, provenance, results_dir, write_bytes, write_json
@@ -577,8 +577,8 @@ def planted_measures(
     for name, one in turned.items():
         found[name] = {"measured": float(one.mean())}
         if name in known: found[name] = {"known": float(known[name].mean()), **found[name]}
-    gained, room = (turned[name] - 1. * turned["noise"] for name in ("opposing IDs, α = 1", "ceiling"))
-    found["ID efficiency"] = {"known": 1.0, "measured": efficiency(gained, room, seed)["value"]}
+    shares = [wilson(turned[name]) for name in ("opposing IDs, α = 1", "noise", "ceiling")]
+    found["ID efficiency"] = {"known": 1.0, "measured": efficiency(*shares)["value"]}
     return found
 
 # %% ../nbs/09_theory.ipynb #70f6107f

@@ -12,9 +12,8 @@ from spatialid.diagnosis import decide, resampled_losses
 from spatialid.extraction import over_subsets
 from spatialid.finetune import crossed
 from spatialid.stats import (
-    Estimate, absolute, around, as_text, bootstrap, leave_one_out, markdown_table, not_judged, number_table, over_null,
-    over_seeds, spanning, texts_of, wilson)
-from spatialid.steering import newcombe
+    Estimate, absolute, around, as_text, bootstrap, leave_one_out, markdown_table, newcombe, not_judged, number_table,
+    over_null, over_seeds, ratio, spanning, texts_of, wilson)
 from spatialid.store import agree, load_results, moved, read_results, save_results
 
 RESULTS = Path(__file__).parents[1]/"results"
@@ -51,6 +50,9 @@ def estimates(g):
     yield "subsets", over_subsets(lambda _, subsets: g.random(len(subsets)), list("abcdef"), 3)
     yield "Wilson", wilson(hits)
     yield "difference", newcombe(wilson(hits), wilson(g.random(n) < .9))
+    shares = [wilson(g.random(n) < share) for share in (g.random(), .05, .95)]
+    efficient = ratio(newcombe(shares[0], shares[1]), newcombe(shares[2], shares[1]))
+    if efficient["value"] is not None: yield "efficiency", efficient
     yield "seeds and rows", crossed(g.random((3, n)), n=40, seed=n)
     yield "perplexity", perplexity(1 + pairs, 1 + pairs[::-1])["ratio"]
 
@@ -99,6 +101,19 @@ def test_wilsons_interval_covers_shares_up_to_the_edge_where_a_bootstrap_does_no
     of_wilson, of_bootstrap = covered(wilson), covered(lambda hits: bootstrap(hits, n=400))
     assert of_wilson.min() > .82 and of_wilson.mean() > .94
     assert of_bootstrap.min() < .7, "what the page says of shares near 0 and 1"
+
+
+@pytest.mark.parametrize("share, noise, room", [(.5, .1, .9), (.95, .02, .97), (.2, .05, .6), (1, 0, 1)])
+def test_a_ratio_of_differences_covers_the_truth(share, noise, room):
+    "In samples of 25 questions, also where all of them turn."
+    g, truth, found = np.random.default_rng(0), (share - noise) / (room - noise), []
+    for _ in range(800):
+        a, b, c = (wilson(g.random(25) < p) for p in (share, noise, room))
+        one = ratio(newcombe(a, b), newcombe(c, b))
+        if one["value"] is not None: found.append(one["low"] <= truth <= one["high"])
+    assert len(found) > 700 and np.mean(found) > .93
+    nothing = wilson(np.zeros(25))
+    assert "not clear of 0" in ratio(nothing, newcombe(nothing, nothing))["not_judged"]
 
 
 def intervals(found, name=""):

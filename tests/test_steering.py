@@ -630,9 +630,14 @@ def test_every_sub_token_is_pushed_as_its_word_is(llava):
 
 
 def test_efficiency_is_judged_only_below_a_ceiling():
-    assert st.efficiency(np.array([1.0, 0, 1, 0]), np.ones(4))["value"] == 0.5
-    none = st.efficiency(np.zeros(4), np.array([1.0, 0, -1, 0]))
-    assert none["value"] is None and "not clear" in none["not_judged"]
+    half, none, most, whole = (st.wilson(np.arange(40) < n) for n in (20, 0, 38, 40))
+    found = st.efficiency(half, none, whole)
+    assert found["value"] == 0.5 and 0.3 < found["low"] < 0.5 < found["high"] < 0.7 and found["n"] == 40
+    all_turn = st.efficiency(whole, none, whole)
+    assert all_turn["value"] == 1 and all_turn["low"] < 0.95 and all_turn["high"] > 1.05, "40 questions are not all"
+    assert st.efficiency(whole, none, half)["low"] > 1
+    without = st.efficiency(most, half, half)
+    assert without["value"] is None and "not clear of it" in without["not_judged"]
 
 
 def test_figures_of_the_dose():
