@@ -1,7 +1,7 @@
 """Spatial and temporal IDs in vision-language models: activation patching, extraction, steering.
 
 Everything is imported on first use, so that `import spatialid` costs nothing and needs no torch."""
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOME = {
     "Query": "query",

@@ -6,7 +6,7 @@
 __all__ = ['OPTIONAL', 'BAR', 'UsageError', 'RunError', 'notebooks', 'find_notebook', 'read_notebook', 'parameters_of',
            'declared', 'check_model', 'check_benchmark', 'parse_parameters', 'runs_dir', 'run_notebook',
            'weight_digest', 'fingerprint', 'medium_of', 'takes_no_videos', 'experiments', 'sizes', 'is_done',
-           'needed_first', 'RunReport', 'Queue', 'reproduce', 'figures_of', 'model_page']
+           'needed_first', 'RunReport', 'Queue', 'reproduce', 'figures_of', 'figure_text', 'model_page']
 
 # %% ../nbs/11_rerun.ipynb #46b72622
 import ast, hashlib, json, logging, os, re, signal, sys, textwrap, time
@@ -534,6 +534,31 @@ def _saved_in(code):
     names = [call.args[2] for call in calls if getattr(call.args[1], "id", "") == "model"]
     return [name.value for name in names if isinstance(name, ast.Constant)]
 
+def figure_text(
+    name:str, # of a figure, as it is saved
+    heading:str="", # in its place where it has no entry
+) -> dict: # caption, alt
+    """What a figure shows, in any model: its entry in `nbs/figures.json`."""
+    path = notebooks_dir()/"figures.json"
+    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return known.get(name, {"caption": f"{heading} ({name})", "alt": ""})
+
+def _figure(name, heading, folder):
+    "A figure of a model on its page: caption, picture, alternative text."
+    text = figure_text(name, heading)
+    alt = text["alt"].replace('"', "'")
+    return f"![{text['caption']}](../results/{folder}/{name}.png)" + (f'{{fig-alt="{alt}"}}' if alt else "")
+
+def _figures_on(folder):
+    "The figures in a folder of results, under the titles of the notebooks that saved them: first the experiments."
+    parts = []
+    for path in sorted(notebooks().values(), key=lambda path: not re.match("0[2-9]", path.stem)):
+        found = {name: said for name, said in figures_of(path).items() if (folder/f"{name}.png").is_file()}
+        title = read_notebook(path).cells[0].source.splitlines()[0].lstrip("# ")
+        if found: parts.append(f"## [{title}](../{path.name})")
+        parts += [_figure(name, said, folder.name) for name, said in found.items()]
+    return parts
+
 def _card_of(card):
     "A model's accuracies and origin, from its card."
     rows = [f"| {kind.replace('_', ' ')} | {v['value']:.3f} | {v['low']:.3f}–{v['high']:.3f} | {v['n']:,} |"
@@ -556,18 +581,17 @@ def _claims_on(name):
 def model_page(
     name:str, # a model with results
 ) -> str:
-    """A page in Markdown, its pictures relative to `nbs/models/`: card, claims, the figures of each notebook."""
+    """A page in Markdown, its pictures relative to `nbs/models/`: the figures of each notebook, its claims, its card.
+
+    Its front matter keeps it out of the search of the site: all models have the same words."""
     folder = results_dir(name)
     path = folder/"card.json"
     card = json.loads(path.read_text()) if path.is_file() else {}
-    parts = [f"# {name}", f"> {card.get('architecture', 'A model')}: its card, its claims, its figures."]
-    if card: parts += _card_of(card)
+    about = f"{card.get('architecture', 'A model')}: its figures, its claims, its card."
+    parts = [f"---\ntitle: {name}\ndescription: \"{about}\"\nsearch: false\n---", *_figures_on(folder)]
+    parts += _claims_on(name)
+    if card: parts += ["## The model", *_card_of(card)]
     if card.get("beyond"):
         from spatialid.cards import beyond_text  # torch comes with it
         parts.append(beyond_text(card["beyond"]))
-    parts += _claims_on(name)
-    for path in notebooks().values():
-        figures = [(name, heading) for name, heading in figures_of(path).items() if (folder/f"{name}.png").is_file()]
-        if figures: parts.append(f"## [{path.stem}](../{path.name})")
-        parts += [f"![{heading} ({name})](../results/{folder.name}/{name}.png)" for name, heading in figures]
     return "\n\n".join(parts) + "\n"

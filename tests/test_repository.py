@@ -238,6 +238,7 @@ def site(tmp_path_factory):
     script = "from nbdev.quarto import refresh_quarto_yml; refresh_quarto_yml()"
     subprocess.run([sys.executable, "-c", script], cwd=tree, check=True)
     make_docs.write_model_pages(tree)
+    make_docs.write_site_yml(tree)
     return tree
 
 
@@ -311,19 +312,24 @@ def copied_configuration(tree):
     (lambda t: edit(t/"_quarto.yml", "type: website", "type: book"), "project.type is not website"),
     (lambda t: edit(t/"_quarto.yml", "website:\n", "website: [\n"), "broken YAML"),
     (lambda t: edit(t/"_quarto.yml", "mathml", "mathjax"), "mathematics from the web"),
-    (lambda t: edit(t/"_quarto.yml", "theme: default", "theme: cosmo"), "font from the web"),
+    (lambda t: edit(t/"_quarto.yml", "light: [default,", "light: [cosmo,"), "font from the web"),
+    (lambda t: (t/"nbs"/"dark.scss").unlink(), "dark.scss missing"),
+    (lambda t: (t/"nbs"/"pages.lua").unlink(), "pages.lua missing"),
+    (lambda t: (t/"nbs"/"site.yml").unlink(), "site.yml: missing"),
+    (lambda t: edit(t/"nbs"/"site.yml", "changelog.md", "gone.md"), "link target gone.md missing"),
     (lambda t: edit(t/"nbs"/"nbdev.yml", "title:", "title: [1]\n  x:"), "website.title must be a str"),
     (lambda t: (t/"nbs"/"nbdev.yml").unlink(), "nbdev.yml: missing"),
     (lambda t: (t/"nbs"/"styles.css").unlink(), "styles.css missing"),
     (lambda t: (t/"nbs"/"index.ipynb").unlink(), "home page"),
     (copied_configuration, "must be a link"),
     (lambda t: (t/"nbs"/"11_rerun.ipynb").write_text("{"), "not a valid notebook"),
-    (lambda t: edit(t/"nbs"/"11_rerun.ipynb", "# Rerun", "Rerun"), "first cell must be"),
+    (lambda t: edit(t/"nbs"/"11_rerun.ipynb", "# Command line", "Command line"), "first cell must be"),
     (markdown("![figure](results/none.png)"), "image results/none.png missing"),
     (markdown("![figure](https://example.org/x.png)"), "loaded from the web"),
     (markdown('<img alt="" src="gone.png">'), "image gone.png missing"),
     (markdown("see [there](05_none.ipynb#top)"), "link 05_none.ipynb#top missing"),
     (markdown("see [there](#nowhere)"), "no section #nowhere"),
+    (markdown("see [there](05_depth.ipynb#nowhere)"), "05_depth.ipynb#nowhere has no such section"),
     (markdown("see [there](/etc/x)"), "is absolute"),
     (markdown("![x](attachment:none.png)"), "attachment:none.png missing"),
     (output("text/html"), "would load scripts"),

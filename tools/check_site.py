@@ -6,6 +6,7 @@ an unknown top-level key, a missing image or a broken link; and it loads scripts
 outputs."""
 import re
 import sys
+from functools import cache
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -26,10 +27,12 @@ KEYS = {where: set(keys.split()) for where, keys in {
                        "footer tools pinned alignment border",
     "format.html": "theme css toc toc-depth toc-location toc-title html-math-method code-copy code-overflow code-fold "
                    "code-summary code-line-numbers highlight-style number-sections anchor-sections smooth-scroll "
-                   "link-external-newwindow page-layout grid fig-cap-location keep-md embed-resources mainfont",
+                   "link-external-newwindow page-layout grid fig-cap-location keep-md embed-resources mainfont "
+                   "lightbox include-before-body respect-user-color-scheme",
 }.items()}
 TYPES = {"project": dict, "website": dict, "format": dict, "website.title": str, "website.navbar": dict,
          "format.html": dict, "metadata-files": list}
+PAGES = ("*.ipynb", "*.md", "lib/*.ipynb", "models/*.md", "pad/*.md")
 WEB = re.compile(r"^(https?:|mailto:)", re.I)
 
 
@@ -65,7 +68,7 @@ def targets(entry):
     elif isinstance(entry, dict):
         for key in ("href", "file"):
             if entry.get(key): yield entry[key]
-        for key in ("contents", "menu", "left", "right"): yield from targets(entry.get(key) or [])
+        for key in ("contents", "menu", "left", "center", "right"): yield from targets(entry.get(key) or [])
 
 
 def check_keys(config, problems):
@@ -81,22 +84,31 @@ def check_keys(config, problems):
 
 def check_navigation(config, nbs, problems):
     "Every entry of the navigation has its page, and every page its entry in the sidebar."
-    sidebar, navbar = (set(targets(at(config, bar) or [])) for bar in ("website.sidebar", "website.navbar"))
-    missing = sorted(t for t in sidebar | navbar if not WEB.match(t) and not (nbs/t).is_file())
+    bars = ("website.sidebar", "website.navbar", "website.page-footer")
+    sidebar, *others = (set(filter(re.compile(r"\S+$").match, targets(at(config, bar) or []))) for bar in bars)
+    missing = sorted(t for t in sidebar.union(*others) if not WEB.match(t) and not (nbs/t.partition("#")[0]).is_file())
     problems += [f"_quarto.yml: link target {t} missing" for t in missing]
-    pages = [p for pattern in ("*.ipynb", "lib/*.ipynb", "models/*.md") for p in sorted(nbs.glob(pattern))]
+    pages = [p for pattern in PAGES for p in sorted(nbs.glob(pattern))]
     names = [p.relative_to(nbs).as_posix() for p in pages]
     problems += [f"_quarto.yml: {name} is not in the sidebar" for name in names if name not in sidebar]
 
 
+def flat(value):
+    "The strings in a value of the configuration: itself, or those of a list or mapping."
+    if isinstance(value, str): return [value]
+    values = value.values() if isinstance(value, dict) else value or ()
+    return [text for part in values for text in flat(part)]
+
+
 def check_style(config, nbs, problems):
     "Files of the style are there, and nothing of it comes from the web."
-    css = at(config, "format.html.css") or []
-    files = [*([css] if isinstance(css, str) else css), at(config, "website.favicon"), at(config, "website.image")]
+    named = ("format.html.css", "format.html.include-before-body", "filters", "website.favicon", "website.image")
+    themes = [theme for theme in flat(at(config, "format.html.theme")) if theme != "default"]
+    files = [file for key in named for file in flat(at(config, key))] + [t for t in themes if t.endswith(".scss")]
     problems += [f"_quarto.yml: {f} missing" for f in files if f and not (nbs/f).is_file()]
     if at(config, "format.html.html-math-method") not in ("mathml", "plain", "gladtex"):
         problems.append("_quarto.yml: format.html.html-math-method would load mathematics from the web; use mathml")
-    if at(config, "format.html.theme") != "default":
+    if not flat(at(config, "format.html.theme")) or not all(theme.endswith(".scss") for theme in themes):
         problems.append("_quarto.yml: format.html.theme must be default: the other themes load a font from the web")
 
 
@@ -129,6 +141,15 @@ def links(text):
     return dict.fromkeys(found + [(True, url) for url in nested] + [(False, url) for url in references])
 
 
+def wrong_target(path, anchor, folder):
+    "What is wrong with a link to a file or to a section of a page, relative to `folder`; else nothing."
+    if path.startswith(("/", "file:")): return "is absolute"
+    target = folder/unquote(path)
+    if not target.exists(): return "missing"
+    page = target.suffix in (".ipynb", ".md")
+    return "has no such section" if anchor and page and anchor not in anchors_of(target) else ""
+
+
 def check_text(text, folder, anchors, name, problems, attachments=()):
     "Images and links of one Markdown text, relative to `folder`."
     for image, url in links(text):
@@ -139,8 +160,7 @@ def check_text(text, folder, anchors, name, problems, attachments=()):
             if url.removeprefix("attachment:") not in attachments: problems.append(f"{name}: image {url} missing")
         elif not path:
             if anchor not in anchors: problems.append(f"{name}: no section #{anchor}")
-        elif path.startswith(("/", "file:")): problems.append(f"{name}: {kind} {url} is absolute")
-        elif not (folder/unquote(path)).exists(): problems.append(f"{name}: {kind} {url} missing")
+        elif wrong := wrong_target(path, anchor, folder): problems.append(f"{name}: {kind} {url} {wrong}")
 
 
 def headings(texts):
@@ -148,6 +168,13 @@ def headings(texts):
     bare = "\n\n".join(re.sub(r"^```.*?^```", "", t, flags=re.S | re.M) for t in texts)
     titles = re.findall(r"^#+\s+(.+?)\s*$", bare, re.M)
     return {slug(re.sub(r"\{.*\}$", "", title)) for title in titles} | {*re.findall(r"\{#([\w-]+)", bare)}
+
+
+@cache
+def anchors_of(path):
+    "The section identifiers of a page."
+    if path.suffix == ".md": return headings([path.read_text(encoding="utf-8")])
+    return headings(cell.source for cell in nbformat.read(path, 4).cells if cell.cell_type == "markdown")
 
 
 def title_problem(cell):
@@ -223,7 +250,8 @@ def check(root):
     check_repository(root, problems)
     if not (nbs/"index.ipynb").is_file(): problems.append("the home page nbs/index.ipynb is missing")
     for path in (*sorted(nbs.glob("*.ipynb")), *sorted(nbs.glob("lib/*.ipynb"))): check_notebook(path, problems)
-    for path in (root/"README.md", root/"CONTRIBUTING.md", *sorted(nbs.glob("models/*.md"))):
+    markdown = [p for pattern in PAGES if pattern.endswith(".md") for p in sorted(nbs.glob(pattern))]
+    for path in (root/"README.md", root/"CONTRIBUTING.md", *markdown):
         text = path.read_text(encoding="utf-8") if path.is_file() else ""
         if not text: problems.append(f"{path.name} is missing")
         check_text(text, path.parent, headings([text]), path.name, problems)

@@ -4,6 +4,8 @@ Quarto does not run cells (`execute: enabled: false` in _quarto.yml). nbdev does
 exported cells, and every cell with an import in it, whatever else that cell does. Here such a cell gives its imports
 and keeps the output it was saved with."""
 import ast
+import datetime
+import json
 import os
 import re
 import shutil
@@ -15,6 +17,7 @@ from unittest import mock
 
 import nbdev.processors
 import nbdev.serve
+import yaml
 from fastcore.nbio import NbCell, read_nb, write_nb
 from nbdev.processors import FilterDefaults, exec_show_docs
 from nbdev.quarto import refresh_quarto_yml
@@ -25,6 +28,8 @@ from make_metadata import settings
 ROOT = Path(__file__).parents[1]
 STORY = re.compile(r"(0[2-9]|13)_\w+")  # experiments; of the other notebooks the functions are the subject
 FUNCTIONS = "## The functions of this page"
+SUMMARY = "## What was found"
+LONG = 15  # lines of printed output that a story shows unfolded
 EXPORTED = {"export", "exports", "exporti", "exec_doc"}
 
 
@@ -63,24 +68,115 @@ def link_outside(text, folder, ini):
     return re.sub(r"(?<!!)\[([^\]]*)\]\(([^)\s]+)\)", link, text)
 
 
+def link_inside(text, folder, ini):
+    """The links that nbdev makes, for a page in `folder`: relative to it, so that they lead somewhere wherever the site
+    stands; and none to the source where there is no address of the repository."""
+    if not ini["git_url"]: text = re.sub(r"\[source\]\(/blob/[^)]*\)(?:\{[^}]*\})?\s*", "", text)
+    site = re.escape(ini["doc_url"].rstrip("/"))
+    def link(match): return f"]({os.path.relpath(match[1], folder)}"
+    return re.sub(rf"\]\({site}/((?:\w+/)?\w+\.html)(?=[#)])", link, text)
+
+
+def texts_of(nb):
+    "[(a mapping, its key)] of every Markdown text of a page: cells and outputs."
+    cells = [(cell, "source") for cell in nb.cells if cell.cell_type == "markdown"]
+    outputs = [output.get("data", {}) for cell in nb.cells for output in cell.get("outputs", ())]
+    return cells + [(data, "text/markdown") for data in outputs if "text/markdown" in data]
+
+
 def functions_last(nb):
     "Puts the descriptions of exported functions at the end of a page: who reads a story wants none in between."
     def describes(cell): return cell.cell_type == "code" and "show_doc(" in cell.source
     story, described = ([cell for cell in nb.cells if describes(cell) == last] for last in (False, True))
-    if not described: return
+    if not described or any(cell.source == FUNCTIONS for cell in story): return
     heading = NbCell(len(story), {"cell_type": "markdown", "metadata": {}, "source": FUNCTIONS})
     nb.cells = [*story, heading, *described]
 
 
+def box_summary(nb):
+    "Marks the section that an experiment opens with: the style sheet draws a box around it."
+    for cell in nb.cells:
+        if cell.cell_type == "markdown":
+            cell.source = re.sub(rf"\A{SUMMARY}$", SUMMARY + " {.summary}", cell.source, flags=re.M)
+
+
+def printed(output):
+    "What an output prints, where it is nothing but text; else nothing."
+    if output.output_type == "stream": return "".join(output.text)
+    data = output.get("data", {})
+    return "".join(data["text/plain"]) if data.keys() == {"text/plain"} else ""
+
+
+def fold_outputs(nb):
+    "Folds printed output of more than LONG lines."
+    for cell in nb.cells:
+        for output in cell.get("outputs", ()):
+            lines = printed(output).rstrip().splitlines()
+            if len(lines) <= LONG: continue
+            block = "\n".join(["```", *lines, "```"])
+            text = f"<details><summary>output, {len(lines)} lines</summary>\n\n{block}\n\n</details>"
+            output.clear()
+            output.update(output_type="display_data", metadata={}, data={"text/markdown": text})
+
+
+def caption_of(source, heading):
+    "(caption or nothing, alternative text) of the picture that a cell shows: of nbs/figures.json, else of its section."
+    from spatialid.runner import figure_text
+    saved = re.findall(r"save_figure\([^\n]*", source)
+    known = figure_text(re.findall(r'"(\w+)"', saved[-1])[-1]) if saved else {"alt": ""}
+    return (known["caption"], known["alt"]) if known["alt"] else ("", f"Figure of the section '{heading.strip()}'")
+
+
+def caption_pictures(nb):
+    "Gives every picture of a page its caption and alternative text, where its cell has none."
+    heading = ""
+    for cell in nb.cells:
+        if cell.cell_type == "markdown": heading = [heading, *re.findall(r"^#+ +([^{\n]+)", cell.source, re.M)][-1]
+        shows = any("image/png" in output.get("data", {}) for output in cell.get("outputs", ()))
+        if not shows or re.search(r"^#\| *fig-alt:", cell.source, re.M): continue
+        texts = zip(("fig-cap", "fig-alt"), caption_of(cell.source, heading))
+        lines = [f"#| {name}: {json.dumps(text, ensure_ascii=False)}\n" for name, text in texts if text]
+        cell.source = "".join(lines) + cell.source
+
+
 def finish_pages(root):
-    "Of the processed pages: links that lead outside the site, and in those of experiments functions at the end."
+    """Of the processed pages: links and captions; in those of experiments the summary in a box, long outputs folded,
+    functions at the end. And the claims on their page. What is finished already stays: nbdev makes what changed."""
     pages, ini = root/"_proc", settings(root)
     for page in sorted(pages.rglob("*.ipynb")):
         nb, folder = read_nb(page), page.parent.relative_to(pages)
-        for cell in nb.cells:
-            if cell.cell_type == "markdown": cell.source = link_outside(cell.source, folder, ini)
-        if STORY.fullmatch(page.stem): functions_last(nb)
+        for where, key in texts_of(nb):
+            where[key] = link_inside(link_outside("".join(where[key]), folder, ini), folder, ini)
+        caption_pictures(nb)
+        if STORY.fullmatch(page.stem):
+            for finish in (box_summary, fold_outputs, functions_last): finish(nb)
         write_nb(nb, page)
+    import claims_page
+    text = (root/"nbs"/"claims.md").read_text(encoding="utf-8")
+    (pages/"claims.md").write_text(text.replace(claims_page.MARKER, claims_page.matrix(root/"nbs")), encoding="utf-8")
+
+
+def last_change(root):
+    "The date of the last commit, as in 2026-01-31; today's outside a repository."
+    asked = subprocess.run(["git", "log", "-1", "--format=%cs"], cwd=root, capture_output=True, text=True)
+    return asked.stdout.strip() or datetime.date.today().isoformat()
+
+
+def site_yml(ini, date):
+    "What nbs/site.yml says: the footer with version and date, and where there is one, links to the repository."
+    links = [{"text": "Changelog", "href": "changelog.md"}, {"text": "How to cite", "href": "index.ipynb#citing"}]
+    website = {"page-footer": {"left": f"{ini['lib_name']} {ini['version']}, {date}, {ini['license']}", "right": links}}
+    if ini["git_url"]:
+        website["repo-subdir"] = ini["nbs_path"]
+        website["repo-actions"] = ["source", "issue"]
+        website["navbar"] = {"right": [{"icon": "github", "href": ini["git_url"], "aria-label": "Repository"}]}
+    return "# From settings.ini, by `make docs`.\n" + yaml.safe_dump({"website": website}, sort_keys=False)
+
+
+def write_site_yml(root):
+    "Writes nbs/site.yml of a checkout."
+    path = Path(root)/"nbs"/"site.yml"
+    path.write_text(site_yml(settings(root), last_change(root)), encoding="utf-8")
 
 
 def write_model_pages(root):
@@ -103,6 +199,7 @@ def process(root):
     os.chdir(root)
     write_model_pages(root)
     refresh_quarto_yml()
+    write_site_yml(root)
     once = cache(nbdev.processors.get_config) # else the configuration is read again for every cell
     with (mock.patch.object(nbdev.serve, "FilterDefaults", Pages),
           mock.patch.object(nbdev.processors, "get_config", once)):

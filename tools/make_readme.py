@@ -1,6 +1,8 @@
 """README.md from nbs/index.ipynb, without Quarto.
 
-`python tools/make_readme.py` writes it, tests/test_repository.py compares."""
+`python tools/make_readme.py` runs the cells of the home page, so that its tables and counts are those of results/, and
+writes README.md; tests/test_repository.py compares."""
+import ast
 import re
 from pathlib import Path
 
@@ -24,6 +26,11 @@ def relocate(text, nbs):
     return re.sub(r"(\]\()([^)\s]+)\)", link, text)
 
 
+def plain(text):
+    "Markdown without what only the site reads: fenced parts, attributes of a link."
+    return re.sub(r"^:::.*\n?", "", re.sub(r"(?<=\))\{[^}\n]*\}", "", text), flags=re.M)
+
+
 def shown(output):
     "An output as Markdown: Markdown as it is, text in a block, pictures not at all."
     data = output.get("data", {})
@@ -42,12 +49,24 @@ def joined(outputs):
     return result
 
 
+def refreshed(nb):
+    "The home page with the Markdown that its cells give now. They read results and need no torch."
+    names = {}
+    for cell in (cell for cell in nb.cells if cell.cell_type == "code"):
+        *body, last = ast.parse(cell.source).body
+        exec(compile(ast.Module(body, []), "index.ipynb", "exec"), names)
+        shown = eval(compile(ast.Expression(last.value), "index.ipynb", "eval"), names)
+        data = {"text/markdown": shown.data, "text/plain": "<IPython.core.display.Markdown object>"}
+        cell.outputs = [nbformat.v4.new_output("execute_result", data)]
+    return nb
+
+
 def render(path=ROOT/"nbs"/"index.ipynb"):
     "The text of README.md."
     parts = ["<!-- Generated from nbs/index.ipynb by `make prepare`: edit the notebook. -->"]
     for cell in nbformat.read(path, 4).cells:
         if cell.cell_type == "raw" or option(cell.source, "hide") or option(cell.source, "include") == "false": continue
-        if cell.cell_type == "markdown": parts.append(cell.source); continue
+        if cell.cell_type == "markdown": parts.append(plain(cell.source)); continue
         code = re.sub(r"^#\|.*\n?", "", cell.source, flags=re.M).strip()
         if code and option(cell.source, "echo") != "false": parts.append(f"```python\n{code}\n```")
         parts += [text for text in map(shown, joined(cell.outputs)) if text]
@@ -55,5 +74,7 @@ def render(path=ROOT/"nbs"/"index.ipynb"):
 
 
 if __name__ == "__main__":
+    home = ROOT/"nbs"/"index.ipynb"
+    nbformat.write(refreshed(nbformat.read(home, 4)), home)
     (ROOT/"README.md").write_text(render(), encoding="utf-8")
     print("README.md written")

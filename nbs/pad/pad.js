@@ -129,7 +129,7 @@ export function start(root, data, folder) {
     one("line").innerHTML = byLayer(question, state.cell, data.layers, state.layer);
     one("grid").innerHTML = grid(data.grid[state.layer], state.cell, m);
     const now = Object.keys(CURVES).map((name) =>
-      `<span style="color:${CURVES[name]}">${name} ${data.curves[name][state.layer].toFixed(2)}</span>`);
+      `<span class="pad-key" style="--curve:${CURVES[name]}">${name} ${data.curves[name][state.layer].toFixed(2)}</span>`);
     one("curves").innerHTML = whoDecides(data.curves, data.layers, state.layer) + `<p>${now.join(", ")}</p>`;
     one("layer").value = state.layer;
     one("number").textContent = data.layers[state.layer];
