@@ -4,24 +4,23 @@
 
 # %% auto #0
 __all__ = ['OPTIONAL', 'BAR', 'UsageError', 'RunError', 'notebooks', 'find_notebook', 'read_notebook', 'parameters_of',
-           'declared', 'check_model', 'check_benchmark', 'parse_parameters', 'runs_dir', 'run_notebook',
-           'weight_digest', 'fingerprint', 'medium_of', 'takes_no_videos', 'experiments', 'sizes', 'is_done',
-           'needed_first', 'RunReport', 'Queue', 'reproduce', 'figures_of', 'figure_text', 'model_page']
+           'declared', 'check_model', 'check_benchmark', 'parse_parameters', 'parse_options', 'runs_dir',
+           'run_notebook', 'weight_digest', 'fingerprint', 'medium_of', 'takes_no_videos', 'experiments', 'sizes',
+           'is_done', 'needed_first', 'RunReport', 'reproduce', 'batch', 'figures_of', 'figure_text', 'model_page']
 
 # %% ../nbs/11_rerun.ipynb #46b72622
-import ast, hashlib, json, logging, os, re, signal, sys, textwrap, time
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+import ast, hashlib, json, logging, os, re, sys, textwrap, time
 from dataclasses import dataclass, field
+from datetime import datetime
 from functools import lru_cache
 from itertools import zip_longest
-from multiprocessing import active_children, get_context
 from pathlib import Path
-from threading import RLock
+from socket import gethostname
+from threading import Lock
+from uuid import uuid4
 
 from . import _HOME
 from .claims import claims, claims_markdown, claims_table, claims_text, notebooks_dir
-from .processes import end_with_parent
 from .registry import HUB, bundled, find_checkpoint, sha256_of
 from .store import in_short, own_results_dir, read_results, results_dir, results_root, write_bytes, write_json
 
@@ -142,6 +141,15 @@ def parse_parameters(
         values[name] = str(Path(value).resolve()) if name == "benchmark" and value is not None else value
     return values
 
+def parse_options(
+    words:list, # ["queue=gpu", "cores=8"]
+) -> dict:
+    """The `-o` arguments as a dict. UsageError if one is not `name=value`."""
+    pairs = [word.partition("=") for word in words]
+    if bare := [name for name, equals, _ in pairs if not equals]:
+        raise UsageError(f"option {bare[0]!r} has no value; write -o name=value, as in -o queue=gpu")
+    return {name: _value(text) for name, _, text in pairs}
+
 def _refusal(name, value, default):
     "Why a value is not of the kind that the parameter's default is of; None if it is."
     if name == "protocol":
@@ -216,9 +224,11 @@ def _execute(nb, out, params, path):
     for name in ("papermill", "asyncio"): logging.getLogger(name).setLevel(logging.CRITICAL)  # they are raised below
     bar = {"desc": path.stem, "bar_format": BAR}
     try:
-        pm.execute_notebook(nb, out, params, kernel_name="python3", language="python", cwd=path.parent,
-                            progress_bar=bar, start_timeout=300,
-                            extra_arguments=["--IPKernelApp.log_level=CRITICAL"])
+        with open(out.with_suffix(".log"), "a", encoding="utf-8") as log:
+            print(f"{datetime.now():%F %T} {path.stem} on {gethostname()}: {params}", file=log, flush=True)
+            pm.execute_notebook(nb, out, params, kernel_name="python3", language="python", cwd=path.parent,
+                                progress_bar=bar, start_timeout=300, stdout_file=log, stderr_file=log,
+                                extra_arguments=["--IPKernelApp.log_level=CRITICAL"])
     except pm.PapermillExecutionError as e:
         raise RunError(f"{_failure(path, e)}\n  The run up to there: {out}") from e
     except RuntimeError as e:
@@ -379,20 +389,40 @@ def _run_and_record(path, model, quick=False):
     return time.time() - start
 
 # %% ../nbs/11_rerun.ipynb #dd04cc60
-def _worker(alone):
-    "Make this process ready to run notebooks, `alone` or beside others; its kernel ends with it."
-    end_with_parent()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that waits, which ends this one
-    if not alone: os.environ.update(OMP_NUM_THREADS="1", TQDM_DISABLE="1")
-    from tqdm import tqdm  # not before: it reads the environment when it is imported
-    tqdm.set_lock(RLock())  # its own would be one of several processes, and remain behind where this one is ended
+_alone = Lock()  # the environment that a notebook is run with is the whole process's
 
-def needed_first(path, model, quick=False):
-    "The experiments that have to be finished before this one begins, as it declares in its metadata."
-    there = notebooks()
-    return [(there[stem], model, quick) for stem in declared(path).get("needs", ()) if stem in there]
+def _task(job, places, topic, *needed):
+    "Run one experiment on a worker of Dask. Returns the seconds, or None where another run has done it meanwhile."
+    from dask.distributed import get_worker
+    from filelock import FileLock
+    path, model, _ = job
+    with _alone:
+        os.environ.update(places)
+        with FileLock(runs_dir(model)/f"{path.stem}.lock"):
+            get_worker().log_event(topic, _name(*job))
+            weight_digest.cache_clear()  # a worker may live longer than the weights stay as they are
+            if model is None: return _compare(path)
+            return None if is_done(*job) else _run_and_record(*job)
 
-def _name(path, model, quick=False): return f"{path.stem} · {Path(model).name}{' (short)' * quick}"
+def _compare(path):
+    "Run the comparison of models, which is as new as the results that it reads. Returns the seconds."
+    start = time.time()
+    run_notebook(path)
+    return time.time() - start
+
+def needed_first(
+    job:tuple, # (notebook, model, in its short form?); without a model the comparison of them
+    jobs:list, # of the same kind
+) -> list: # of them
+    "The jobs that have to be finished before one begins: those that its notebook declares, or all others."
+    path, model, _ = job
+    if model is None: return [other for other in jobs if other != job]
+    stems = declared(path).get("needs", ())
+    return [other for other in jobs if other[1:] == job[1:] and other[0].stem in stems]
+
+def _name(path, model, quick=False):
+    "What a job is called."
+    return f"{path.stem} · {Path(model).name}{' (short)' * quick}" if model else path.stem
 
 # %% ../nbs/11_rerun.ipynb #38462168
 @dataclass
@@ -402,100 +432,121 @@ class RunReport:
     failed: list = field(default_factory=list)
     running: list = field(default_factory=list) # under way when it was interrupted
 
-class Queue:
-    "Jobs (notebook, model, in short?) in order, each behind those that it needs."
-    def __init__(self, jobs:list):
-        self.todo, self.running = list(jobs), {}  # running: future -> job
-        self.needs = {job: needed_first(*job) for job in jobs}
+    def begin(self, name:str):
+        "Note that an experiment is under way."
+        if name not in self.running: self.running.append(name)
 
-    def __bool__(self): return bool(self.todo or self.running)
-
-    def ready(self) -> list:
-        "The jobs that wait for nothing."
-        waiting = {*self.todo, *self.running.values()}
-        return [job for job in self.todo if waiting.isdisjoint(self.needs[job])]
-
-    def names(self) -> list:
-        "What is under way."
-        return [_name(*job) for job in self.running.values()]
+    def end(self, name:str, text:str, failed:bool=False, write=print):
+        "Note and say how an experiment ended."
+        (self.failed if failed else self.finished).append(name)
+        if name in self.running: self.running.remove(name)
+        write(text, file=sys.stderr if failed else sys.stdout)
 
 # %% ../nbs/11_rerun.ipynb #2707e731
-def _outcomes(queue, workers, pool):
-    "(job, seconds or None where it was done before, error or None) of every job, as they end."
-    from spatialid.runner import _run_and_record  # by name, so that a process begun in a notebook finds it too
-    while queue:
-        for job in queue.ready():
-            if len(queue.running) == workers: break
-            queue.todo.remove(job)
-            if is_done(*job): yield job, None, None
-            else: queue.running[pool.submit(_run_and_record, *job)] = job
-        for future in wait(queue.running, return_when=FIRST_COMPLETED).done:
-            try: outcome = future.result(), None  # where a worker was killed the job stays among the running ones
-            except RunError as error: outcome = None, error
-            yield queue.running.pop(future), *outcome
+def _submit(client, jobs, pool, topic):
+    "Give jobs to Dask in order, each behind those that it needs. Returns {job: its future}."
+    from spatialid.runner import _task  # by name, so that a process begun in a notebook finds it too
+    futures = {}
+    places = {"SPATIALID_RESULTS": str(results_root().absolute()), "SPATIALID_NOTEBOOKS": str(notebooks_dir())}
+    def submit(job):
+        "The future of a job."
+        if job not in futures:
+            needed = [submit(other) for other in needed_first(job, jobs)]
+            key = f"{_name(*job)}-{len(futures)}-{topic}"
+            futures[job] = client.submit(_task, job, places, topic, *needed, key=key, priority=-jobs.index(job),
+                                         retries=pool.retries, resources=pool.resources(), pure=False)
+        return futures[job]
+    for job in jobs: submit(job)
+    return futures
+
+def _outcome(job, futures):
+    "(text, did it fail?) of a job that has ended. RunError if the scheduler is gone."
+    from dask.distributed import KilledWorker
+    name, future = _name(*job), futures[job]
+    if future.status not in ("finished", "error"):
+        raise RunError("the scheduler is gone; start it and its workers again: "
+                       "the same command continues from what is done")
+    if future.status == "finished":
+        seconds = future.result()
+        return f"{name}: {'already done' if seconds is None else f'done in {seconds:.0f} s'}", False
+    needed = [_name(*other) for other in needed_first(job, list(futures)) if futures[other].status == "error"]
+    if needed: return f"{name}: not run, it needs {', '.join(needed)}", True
+    error = future.exception()
+    if isinstance(error, KilledWorker):
+        return (f"a process that ran {name} was killed, most often for want of memory; "
+                "the same command continues from what is done"), True
+    return str(error) if isinstance(error, RunError) else f"{name}: {error}", True
 
 def _run_all(
     jobs:list, # (notebook, model, in its short form?) in order
-    workers:int, # how many at a time
+    pool, # `Pool`: where, and how many at a time
     report:RunReport, # is filled
 ):
-    """Run the jobs that are not done, `workers` at a time. A failure is printed and does not stop the others."""
-    from spatialid.runner import _worker
+    """Run the jobs that are not done. A failure is printed and stops nothing but what needs it."""
+    todo = []
+    for job in jobs:
+        if job[1] and is_done(*job): report.end(_name(*job), f"{_name(*job)}: already done")
+        else: todo.append(job)
+    if not todo: return
+    from spatialid.cluster import workers_of  # here, for the command line to answer at once
     from tqdm import tqdm
-    queue, others = Queue(jobs), active_children()
-    with (tqdm(total=len(jobs), disable=None if workers > 1 else True) as bar,
-          ProcessPoolExecutor(workers, get_context("spawn"), _worker, (workers == 1,)) as pool):
-        try:
-            for job, seconds, error in _outcomes(queue, workers, pool):
-                name = _name(*job)
-                (report.failed if error else report.finished).append(name)
-                bar.update()
-                done = "already done" if seconds is None else f"done in {seconds:.0f} s"
-                bar.write(str(error or f"{name}: {done}"), file=sys.stderr if error else sys.stdout)
-                bar.set_description(", ".join(queue.names()))
-        except BrokenProcessPool as e:
-            names = ", ".join(queue.names()) or "notebooks"
-            raise RunError(f"a process that ran {names} was killed, most often for want of memory; "
-                           "the same command continues from what is done") from e
-        except KeyboardInterrupt:
-            report.running = queue.names()
-            for process in {*active_children()} - {*others}: process.terminate()  # its kernel notices and ends too
-            raise
+    quiet = None if pool.workers > 1 or pool.scheduler != "local" else True  # one notebook has a bar of its own
+    with workers_of(pool) as client, tqdm(total=len(jobs), initial=len(jobs) - len(todo), disable=quiet) as bar:
+        _follow(client, todo, pool, report, bar)
+
+def _follow(client, jobs, pool, report, bar):
+    "Let Dask run jobs, and note and say how each ended, until all have."
+    from dask.distributed import as_completed
+    topic = uuid4().hex
+    client.subscribe_topic(topic, lambda event: report.begin(event[1]))
+    futures = _submit(client, jobs, pool, topic)
+    job_of = {future.key: job for job, future in futures.items()}
+    for future in as_completed(futures.values()):
+        job = job_of[future.key]
+        report.end(_name(*job), *_outcome(job, futures), bar.write)
+        bar.update()
+        bar.set_description(", ".join(report.running))
 
 # %% ../nbs/11_rerun.ipynb #d668c15c
-def _in_turns(models, full):
+def _in_turns(models, full, stems=None):
     "The jobs of some models, a notebook of each in turn, so that what is left at the end is short."
-    def fits(path): return full or "quick" in parameters_of(path) and declared(path).get("in_short", True)
-    of_each = [[(path, model, not full) for path in experiments(model) if fits(path)] for model in models]
+    def fits(path):
+        "Whether a notebook is wanted: one of those named, else with --full any, else one that has a short form."
+        if stems: return path.stem in stems
+        return full or "quick" in parameters_of(path) and declared(path).get("in_short", True)
+    def job(path, model): return path, model, not full and "quick" in parameters_of(path)
+    of_each = [[job(path, model) for path in experiments(model) if fits(path)] for model in models]
     return [job for step in zip_longest(*of_each) for job in step if job]
 
+def _comparison(models, full, stems=None):
+    "The job that compares models: where it is named, else with --full after those of several models."
+    path = notebooks().get("13_models")
+    wanted = path and (path.stem in stems if stems else full and len(models) > 1)
+    return [(path, None, False)] if wanted else []
+
+def _local(jobs):
+    "How many of some jobs run at a time on this machine: models from here side by side, others one after another."
+    small = all(model is None or model in bundled() for _, model, _ in jobs)
+    return min(os.cpu_count(), len(jobs), 8) if small else 1
+
 def _run_models(models, full, report):
-    "Run everything for the models: bundled ones side by side, others one after another with every thread."
+    "Run everything for the models on this machine: bundled ones first, then others, then the comparison."
+    from spatialid.cluster import Pool
     small = [model for model in models if model in bundled()]
-    if jobs := _in_turns(small, full): _run_all(jobs, min(os.cpu_count(), len(jobs), 8), report)
-    if jobs := _in_turns([model for model in models if model not in small], full): _run_all(jobs, 1, report)
-    comparison = notebooks().get("13_models")
-    if full and len(models) > 1 and comparison and not report.failed:
-        report.running = [comparison.stem]
-        run_notebook(comparison)
-        report.running = []
-        report.finished.append(comparison.stem)
-        print(f"{comparison.stem}: done")
+    for some in (small, [model for model in models if model not in small]):
+        if jobs := _in_turns(some, full): _run_all(jobs, Pool(workers=_local(jobs)), report)
+    comparison = _comparison(models, full)
+    if comparison and not report.failed: _run_all(comparison, Pool(), report)
 
-def reproduce(
-    models:list, # bundled names, folders or Hub ids
-    full:bool=False, # else in short: the notebooks with a short form, into results/<model>/quick
-) -> int: # exit code: 0 if everything is done, 1 if something failed, 130 if interrupted
-    """Run every experiment for every model, except what is done; the same command continues after an interruption.
-
-    Ends with the claims."""
-    models, report = [check_model(model) for model in models], RunReport()
+def _rerun(models, full, run):
+    "Let `run(report)` run the experiments of checked models, then print the claims. Returns the exit code."
+    report = RunReport()
     for model in models:
         own_results_dir(model)
-        write_bytes(runs_dir(model)/".probe", b"").unlink()
-    try: _run_models(models, full, report)
+        write_bytes(runs_dir(model)/".probe", b"").unlink(missing_ok=True)
+    try: run(report)
     except KeyboardInterrupt:
-        print(f"\nInterrupted in {', '.join(report.running) or 'nothing'}. Finished: "
+        print(f"\nInterrupted in {', '.join(sorted(report.running)) or 'nothing'}. Finished: "
               f"{', '.join(report.finished) or 'nothing yet'}. The same command continues from here.", file=sys.stderr)
         return 130
     print(_claims_of(models, full))
@@ -512,6 +563,58 @@ def _claims_of(models, full):
     if not pictures: return ""
     if len(pictures) == 1: return "\n" + claims_text(claims(pictures[0], not full))
     return "\n" + claims_table([*every, "models"], not full)
+
+def reproduce(
+    models:list, # bundled names, folders or Hub ids
+    full:bool=False, # else in short: the notebooks with a short form, into results/<model>/quick
+) -> int: # exit code: 0 if everything is done, 1 if something failed, 130 if interrupted
+    """Run every experiment for every model, except what is done; the same command continues after an interruption.
+
+    Ends with the claims."""
+    models = [check_model(model) for model in models]
+    return _rerun(models, full, lambda report: _run_models(models, full, report))
+
+# %% ../nbs/11_rerun.ipynb #609e19ce
+def _with_needs(stems):
+    "Names of notebooks, and of those that they need first."
+    there, found = notebooks(), []
+    while stems:
+        found += stems
+        stems = [need for stem in stems for need in declared(there[stem]).get("needs", ()) if need not in found]
+    return found
+
+def _batch_jobs(models, stems, full):
+    "The jobs of `batch`, in order. UsageError for a notebook that is for none of the models."
+    jobs = _in_turns(models, full, _with_needs(stems)) + _comparison(models, full, stems)
+    if missing := [stem for stem in stems if stem not in {path.stem for path, _, _ in jobs}]:
+        raise UsageError(f"{', '.join(missing)} is no experiment of {', '.join(models)}; there are "
+                         f"{', '.join(dict.fromkeys(path.stem for path, _, _ in _in_turns(models, True)))}")
+    return jobs
+
+def batch(
+    models:list, # bundled names, folders or Hub ids
+    which:list=(), # numbers or names of notebooks; none: those of `reproduce`
+    scheduler:str="local", # or the address of one, or slurm, pbs, lsf
+    workers:int|None=None, # notebooks at a time; None: as many as fit here, or as there are models
+    full:bool=False, # else in short
+    **options, # gpu, retries, options: of `Pool`
+) -> int: # as of `reproduce`
+    """Run experiments of many models on the workers of a scheduler, except what is done. Ends with the claims.
+
+    UsageError for what cannot be run; OSError or ValueError for a scheduler that cannot be had."""
+    from spatialid.cluster import SYSTEMS, Pool
+    if scheduler not in ("local", *SYSTEMS) and "://" not in scheduler:
+        raise UsageError(f"no scheduler {scheduler!r}: give local, {', '.join(SYSTEMS)} or an address such as "
+                         "tcp://host:8786")
+    if options.get("options") and scheduler not in SYSTEMS:
+        raise UsageError(f"-o is for {', '.join(SYSTEMS)}, whose options it gives; the scheduler is {scheduler}")
+    if min(1 if workers is None else workers, 1 + options.get("retries", 0)) < 1:
+        raise UsageError("give at least one of --workers, and no fewer --retries than 0")
+    models = [check_model(model) for model in models]
+    jobs = _batch_jobs(models, [find_notebook(name).stem for name in which], full)
+    workers = workers or (_local(jobs) if scheduler == "local" else len(models))
+    pool = Pool(scheduler, workers, dashboard=True, **options)
+    return _rerun(models, full, lambda report: _run_all(jobs, pool, report))
 
 # %% ../nbs/11_rerun.ipynb #54340d13
 def figures_of(

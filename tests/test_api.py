@@ -59,7 +59,7 @@ def test_a_notebook_depends_on_what_it_imports_from_the_package():
 
 
 LAYERS = (
-    {"query", "pictures", "registry", "stats", "processes"},
+    {"query", "pictures", "registry", "stats", "processes", "cluster"},
     {"store", "adapters", "families", "questions", "hub"},
     {"hooks", "claims", "replay", "groups", "plots"},
     {"sweeps", "edits", "scenes", "packing"},

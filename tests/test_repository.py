@@ -110,7 +110,7 @@ def test_constraints_pin_every_requirement():
     lines = (ROOT/"constraints.txt").read_text().splitlines()
     pinned = {normal(line.split("==")[0]): line for line in lines if "==" in line}
     assert pinned["torch"] == "torch==2.13.0", "no local version: the CPU build and every CUDA build satisfy it"
-    wanted = (ini["requirements"] + " " + ini["dev_requirements"]).split()
+    wanted = " ".join(ini[f"{of}requirements"] for of in ("", "dev_", "cluster_")).split()
     assert not [w for w in wanted if normal(w) not in pinned]
 
 

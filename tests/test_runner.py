@@ -15,38 +15,6 @@ import pytest
 
 from spatialid import cli, runner, store
 
-ROOT = Path(__file__).parents[1]
-COMMAND = "import sys; from spatialid.cli import main; sys.exit(main())"
-
-
-@pytest.fixture
-def lab(tmp_path, monkeypatch):
-    "A folder with notebooks, results and a stand-in for a model; `lab.notebook(name, *code)` adds a notebook."
-    monkeypatch.setenv("SPATIALID_NOTEBOOKS", str(tmp_path/"nbs"))
-    monkeypatch.chdir(tmp_path)
-    (tmp_path/"nbs").mkdir()
-    (tmp_path/"toy").mkdir()
-    (tmp_path/"toy"/"config.json").write_text("{}")
-    (tmp_path/"nbs"/"claims.json").write_text("[]")
-
-    class Lab:
-        root, toy, runs = tmp_path, str(tmp_path/"toy"), tmp_path/"results"/"toy"/".runs"
-
-        @staticmethod
-        def notebook(name, *code, parameters='model = "toy"\nn = 3', **declared):
-            first = nbformat.v4.new_code_cell(parameters, metadata={"tags": ["parameters"]})
-            cells = [first, *map(nbformat.v4.new_code_cell, code)]
-            kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
-            metadata = {"kernelspec": kernel, "spatialid": declared}
-            nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=metadata), tmp_path/"nbs"/f"{name}.ipynb")
-
-        @staticmethod
-        def start(*args):
-            def heed_ctrl_c(): signal.signal(signal.SIGINT, signal.SIG_DFL)  # a background shell would have it ignored
-            return subprocess.Popen([sys.executable, "-c", COMMAND, *args], stdout=subprocess.PIPE,
-                                    stderr=subprocess.PIPE, text=True, env=os.environ.copy(), cwd=tmp_path,
-                                    preexec_fn=heed_ctrl_c)
-    return Lab
 
 
 def fails(capsys, code, *args):
@@ -489,7 +457,8 @@ def test_models_take_turns(lab, monkeypatch):
     (lab.root/"other").mkdir()
     (lab.root/"other"/"config.json").write_text("{}")
     runs = []
-    def note(jobs, workers, *rest): runs.append(([(path.stem, Path(model).name) for path, model, _ in jobs], workers))
+    def note(jobs, pool, report):
+        runs.append(([(path.stem, Path(model).name) for path, model, _ in jobs], pool.workers))
     monkeypatch.setattr(runner, "_run_all", note)
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     runner.reproduce(["llava-tiny", lab.toy, "gemma3-tiny", str(lab.root/"other")], full=True)
