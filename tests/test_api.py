@@ -67,7 +67,7 @@ LAYERS = (
     {"benchmarks"},
     {"organisms", "language", "trainer", "cards"},  # how models are made: one level, they call each other
     {"mirror_swap", "steering", "depth", "diagnosis", "finetune", "temporal", "theory"},
-    {"models", "bench", "runner", "pad"},
+    {"models", "bench", "runner", "pad", "validate"},
     {"plan"},
     {"trial"},
     {"cli"},
