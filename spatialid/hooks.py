@@ -71,7 +71,7 @@ def offloading(
 def _explained(vlm):
     "A sentence where a weight is read that is offloaded and that no hook of Accelerate brings."
     try: yield
-    except (NotImplementedError, RuntimeError) as e:
+    except RuntimeError as e:
         if "meta" not in str(e) or all(p.device.type != "meta" for p in vlm.model.parameters()): raise
         where = offloading(vlm.model, vlm.family.text)
         raise ValueError(f"{vlm.family.title} reads some weights around its modules, which fails where they are "

@@ -117,7 +117,7 @@ def count_passes(
     inside = []
     def see(module, args, kwargs):
         h = args[0] if args else kwargs["hidden_states"]
-        found["resumed" if inside else "whole"] += len(h) / module.of_blocks
+        if not inside: found["whole"] += len(h) / module.of_blocks
     def counted(self, *args, **kwargs):
         init(self, *args, **kwargs)
         found["blocks"] = self.n_layers
@@ -132,6 +132,8 @@ def count_passes(
             try: cell = next(cells, None)
             finally: inside.pop()
             if cell is None: return
+            keys, logits = cell # all cells are one list of rows in a block, so that they are counted here
+            found["resumed"] += logits.shape[1] * sum(1 - layer / self.n_layers for _, layer in keys)
             yield cell
     VLM.__init__, VLM.resume = counted, resumed
     get_ipython().events.register("post_run_cell", lambda result: write_json(path, found))

@@ -2,6 +2,7 @@
 import json
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import pytest
@@ -230,6 +231,21 @@ def test_a_notebook_gets_only_the_sizes_that_it_has():
         given = trial.least_of(path, 80)
         assert given.keys() <= runner.parameters_of(path).keys()
         runner.parse_parameters([f"{name}={value!r}" for name, value in given.items()], path)
+
+
+def test_every_question_of_every_cell_is_counted(tmp_path, monkeypatch):
+    "Of a sweep, two clean runs of each question; and each cell at layer ℓ of N as the (N - ℓ) / N that it is resumed."
+    shell = SimpleNamespace(events=SimpleNamespace(register=lambda event, call: kept.append(call)))
+    kept = []
+    for name in ("__init__", "resume"): monkeypatch.setattr(VLM, name, getattr(VLM, name)) # as they were, afterwards
+    monkeypatch.setattr("IPython.get_ipython", lambda: shell)
+    trial.count_passes(tmp_path/"counts.json")
+    vlm = VLM(*tiny("llava"))
+    work = bench.mirror_work(vlm, 3)
+    sweeps.sweep(vlm, work.base, work.source, {"objects": "objects", "last": "last"})
+    kept[0](None)
+    counts = json.loads((tmp_path/"counts.json").read_text())
+    assert counts == {"whole": 6, "resumed": 2 * 3 * (.75 + .5 + .25), "blocks": 4}
 
 
 @pytest.mark.slow
