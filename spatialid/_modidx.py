@@ -317,6 +317,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'spatialid.cli._plan': ('lib/cli.html#_plan', 'spatialid/cli.py'),
                                'spatialid.cli._run': ('lib/cli.html#_run', 'spatialid/cli.py'),
                                'spatialid.cli._try': ('lib/cli.html#_try', 'spatialid/cli.py'),
+                               'spatialid.cli._validate': ('lib/cli.html#_validate', 'spatialid/cli.py'),
                                'spatialid.cli._wanted': ('lib/cli.html#_wanted', 'spatialid/cli.py'),
                                'spatialid.cli.main': ('lib/cli.html#main', 'spatialid/cli.py'),
                                'spatialid.cli.models_text': ('lib/cli.html#models_text', 'spatialid/cli.py')},

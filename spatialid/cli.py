@@ -178,6 +178,13 @@ def _try(args):
     from spatialid.trial import try_model  # torch comes with it
     return try_model(args.model, args.seconds)
 
+def _validate(args):
+    "`spatialid validate`: 0 where everything is whole, else 1."
+    from spatialid.validate import validate_text
+    said = [validate_text(folder) for folder in args.folders]
+    print("\n".join(text for text, _ in said))
+    return int(not all(whole for _, whole in said))
+
 def _claims(args):
     "`spatialid claims`."
     rows, folder = claims(args.model, args.quick), results_dir(args.model)
