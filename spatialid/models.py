@@ -533,10 +533,11 @@ def diagnosis_table(models:dict) -> str: # of `diagnosed`
     rows = []
     for name, of in models.items():
         claims, lesions = of["claims"], of["lesions"]
+        damage = [as_text(lesions["accuracy"]), lesions["n"]] if "accuracy" in lesions else ["not run", 0]
         verdicts = [of["verdict"][pair]["stage"] for pair in ("left/right", "above/below")]
         rows.append([name, of["difficulty"]["chosen"], in_percent(of["questions"]["accuracy"]["all"]),
                      as_text(claims["fig8a"]), as_text(claims["fig8b"]), *verdicts,
-                     as_text(lesions["accuracy"]), lesions["n"], as_text(claims["a8_gain"], 3), of["a8"]["n"]])
+                     *damage, as_text(claims["a8_gain"], 3), of["a8"]["n"]])
     header = ["model", "scenes", "right", "Fig. 8A", "Fig. 8B", "verdict, left/right", "verdict, above/below"]
     return markdown_table([*header, "damage named rightly", "n", "true IDs put in", "n"], rows)
 
