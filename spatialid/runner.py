@@ -444,19 +444,23 @@ class RunReport:
 
 # %% ../nbs/11_rerun.ipynb #2707e731
 def _submit(client, jobs, pool, topic):
-    "Give jobs to Dask in order, each behind those that it needs. Returns {job: its future}."
+    """Give jobs to Dask, each behind those that it needs. Returns {job: its future}.
+
+    First come those that most others wait for, then in order."""
     from spatialid.runner import _task  # by name, so that a process begun in a notebook finds it too
-    futures = {}
+    futures, needs = {}, {job: needed_first(job, jobs) for job in jobs}
+    waiting = {job: sum(job in needed for needed in needs.values()) for job in jobs}
+    by_turn = sorted(jobs, key=lambda job: -waiting[job])
     places = {"SPATIALID_RESULTS": str(results_root().absolute()), "SPATIALID_NOTEBOOKS": str(notebooks_dir())}
     def submit(job):
         "The future of a job."
         if job not in futures:
-            needed = [submit(other) for other in needed_first(job, jobs)]
+            needed = [submit(other) for other in needs[job]]
             key = f"{_name(*job)}-{len(futures)}-{topic}"
-            futures[job] = client.submit(_task, job, places, topic, *needed, key=key, priority=-jobs.index(job),
+            futures[job] = client.submit(_task, job, places, topic, *needed, key=key, priority=-by_turn.index(job),
                                          retries=pool.retries, resources=pool.resources(), pure=False)
         return futures[job]
-    for job in jobs: submit(job)
+    for job in by_turn: submit(job)
     return futures
 
 def _outcome(job, futures):
