@@ -15,6 +15,7 @@ import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from threading import RLock
+from unittest import mock
 
 import dask
 from dask.distributed import Client, LocalCluster, WorkerPlugin
@@ -96,7 +97,8 @@ def jobs_of(pool:Pool):
     """A cluster of dask-jobqueue whose jobs run one notebook at a time, with all the cores of the job.
 
     ValueError without the package, and for an option that it does not have or misses."""
-    try: import dask_jobqueue
+    try:
+        with mock.patch("signal.signal"): import dask_jobqueue  # which would take Ctrl-C for itself
     except ImportError as e:
         raise ValueError(f"--scheduler {pool.scheduler} needs dask-jobqueue: pip install 'spatialid[cluster]'") from e
     options = {"cores": 1, "processes": 1, "nanny": False, **pool.options}

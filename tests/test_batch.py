@@ -206,3 +206,12 @@ def test_resuming_a_batch_that_is_done_starts_no_worker(lab, monkeypatch, capsys
     monkeypatch.setattr("spatialid.cluster.workers_of", None)
     assert cli.main(["batch", "llava-tiny", "--full"]) == 0
     assert "01_a · llava-tiny: already done" in capsys.readouterr().out
+
+
+def test_ctrl_c_is_left_to_this_process():
+    "dask-jobqueue answers it itself when it is imported, and cannot be imported by a thread."
+    code = ("import signal\nfrom threading import Thread\nfrom spatialid.cluster import Pool, jobs_of\n"
+            "def jobs():\n    with jobs_of(Pool('slurm', options={'cores': 1, 'memory': '1GB'})): print('made')\n"
+            "thread = Thread(target=jobs)\nthread.start()\nthread.join()\n"
+            "print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)")
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).split() == ["made", "True"]

@@ -12,7 +12,7 @@ from spatialid.cli import main
 from spatialid.validate import faults, number_fault, read_json, validate_text, verdicts
 
 ROOT = Path(__file__).parents[1]
-PUBLISHED = sorted(path for path in (ROOT/"results").iterdir() if path.is_dir())
+PUBLISHED = sorted(path for path in (ROOT/"results").glob("[!.]*") if path.is_dir())
 
 
 @pytest.fixture(autouse=True)
