@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['STAND_IN', 'DTYPES', 'RULES', 'Turn', 'Eager', 'offloading', 'VLM', 'joins', 'Layout', 'readable', 'Run', 'Inside',
-           'check_same_length', 'largest_gap', 'relative_difference', 'Prompts', 'patching', 'as_dtype', 'scaled',
-           'steering']
+           'check_same_length', 'copied', 'largest_gap', 'relative_difference', 'Prompts', 'patching', 'as_dtype',
+           'scaled', 'steering']
 
 # %% ../nbs/00_hooks.ipynb #c205cba9
 import hashlib, inspect, os, re, threading, unicodedata, warnings
@@ -660,11 +660,27 @@ def _batches(self:VLM, queries, layers, groups, batch_size, device):
         first = first or sizes
         if sizes != first:
             raise ValueError(f"the groups have {first} tokens in some queries and {sizes} in others: {_ONE_LENGTH}")
+        kept = copied(kept, device)
         self._check_finite(kept, start)
         for key, value in kept.items():
             if key not in out: out[key] = torch.empty(total, *value.shape[1:], dtype=value.dtype, device=device)
             out[key][start:start + len(value)] = value
     return out, first
+
+def copied(
+    kept:dict, # {what: tensor}, of one device or several
+    device, # where they go
+    most:int=2**26, # numbers in a copy
+) -> dict: # the same, there
+    "Tensors on another device, those of one shape and type in one copy, since a GPU is waited for at each."
+    alike, found = {}, {what: value for what, value in kept.items() if value.device.type == torch.device(device).type}
+    for what, value in kept.items():
+        if what not in found: alike.setdefault((value.device, value.dtype, value.shape), []).append(what)
+    for (_, _, shape), names in alike.items():
+        step = max(1, most // max(1, shape.numel()))
+        for some in (names[i:i + step] for i in range(0, len(names), step)):
+            found |= zip(some, torch.stack([kept[what] for what in some]).to(device))
+    return {what: found[what] for what in kept}
 
 # %% ../nbs/00_hooks.ipynb #331dcca0
 @patch
@@ -701,13 +717,18 @@ def not_finite(self:VLM, i:int, what:str) -> ValueError:
 @patch
 def _check_finite(self:VLM, kept, start):
     "Raises ValueError where the logits of a batch, or rows that were kept, are not finite."
-    for what, value in kept.items():
-        if what == "rows" or not value.numel(): continue
-        largest = value.flatten(1).amax(1)
-        if what != "logits": largest = torch.maximum(largest, -value.flatten(1).amin(1)) # a logit may be minus infinity
-        if not largest.isfinite().all():
-            wrong = start + int(largest.isfinite().int().argmin())
-            raise self.not_finite(wrong, "the logits" if what == "logits" else f"the rows at layer {what}")
+    found = {what: _extreme(what, value) for what, value in kept.items() if what != "rows" and value.numel()}
+    if not found: return
+    finite = torch.stack([extreme.isfinite() for extreme in found.values()]) # (what, B), read in one piece
+    if finite.all(): return
+    at, wrong = (~finite).nonzero()[0].tolist()
+    what = [*found][at]
+    raise self.not_finite(start + wrong, "the logits" if what == "logits" else f"the rows at layer {what}")
+
+def _extreme(what, value):
+    "The largest number of each query, without its sign but for a logit, which may be minus infinity: (B,)."
+    largest = value.flatten(1).amax(1)
+    return largest if what == "logits" else torch.maximum(largest, -value.flatten(1).amin(1))
 
 @patch
 def _pad_ids(self:VLM, queries, device):

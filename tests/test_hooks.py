@@ -818,6 +818,18 @@ def test_runs_of_two_threads_do_not_meet(vlm):
 
 # What goes in, what comes out ----------------------------------------------------------------------------------------
 
+def test_tensors_of_one_shape_and_type_are_copied_in_one_piece(monkeypatch):
+    kept = {layer: torch.full((2, 3), float(layer)) for layer in range(5)}
+    kept |= {"logits": torch.ones(2, 7), "rows": torch.arange(6).view(2, 3)}
+    stacked, stack = [], torch.stack
+    monkeypatch.setattr(torch, "stack", lambda tensors: stacked.append(len(tensors)) or stack(tensors))
+    away = library.copied(kept, "meta", most=18)
+    assert stacked == [3, 2, 1, 1] and [*away] == [*kept]
+    assert {what: (value.device.type, value.dtype, value.shape) for what, value in away.items()} == {
+        what: ("meta", value.dtype, value.shape) for what, value in kept.items()}
+    assert all(library.copied(kept, "cpu")[what] is value for what, value in kept.items()), "already there"
+
+
 def test_logits_that_are_not_finite_are_no_beliefs(tmp_path):
     half = VLM(*overflowing(), "half")
     words = replace(ask(), image=None)

@@ -8,11 +8,12 @@ import torch
 from PIL import Image
 from tiny import overflowing, tiny, tiny_llava
 
+from spatialid import sweeps
 from spatialid.edits import add
 from spatialid.hooks import VLM
 from spatialid.query import Query
 from spatialid.sweeps import (Batch, Shift, Sweep, complement, first_affected, forward_passes, in_float64,
-                              largest_difference, recomputed, rounding, sweep)
+                              largest_difference, log_sum_exp_kernel, recomputed, rounding, sweep)
 
 NAMES = ["cup", "star", "dog", "cat", "hot dog"]
 LEFT_RIGHT = "Is the {subject} to the left or right of the {object}?"
@@ -118,6 +119,45 @@ def test_edits_that_compute_rows(llava):
         assert torch.allclose(run.logits[0], fast.logits["queries"][2, i], atol=1e-9)
     assert is_everywhere(fast.log_probs["zero"], fast.base_log_probs)
     assert not torch.allclose(fast.log_probs["layers"][0], fast.log_probs["layers"][1])
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl", "gemma3"])
+def test_attention_in_two_parts_equals_attention_over_all_scores(family, monkeypatch):
+    "The prefix in one fused product against all scores held."
+    vlm = in_float64(VLM(*tiny(family), "tiny"))
+    px, apart = 16 if family == "llava" else 32, []
+    base, source = questions(5, 0, px=px), questions(5, 1, px=px)
+    inner = sweeps._attend_apart
+    monkeypatch.setattr(sweeps, "_APART", {"cpu"})
+    monkeypatch.setattr(sweeps, "_attend_apart", lambda *args: apart.append(args[-1]) or inner(*args))
+    in_parts = sweep(vlm, base, source, FEW, ENDS, logits=True)
+    assert any(len({*hidden}) > 1 for hidden in apart), "prompts of several lengths in one product"
+    monkeypatch.setattr(sweeps, "_APART", {})
+    monkeypatch.setattr(sweeps, "_attend_apart", None)
+    assert largest(in_parts, sweep(vlm, base, source, FEW, ENDS, logits=True)) < 1e-10
+
+
+def test_what_the_last_rows_do_not_see_of_the_prefix(llava):
+    mask = torch.ones(2, 1, 6, 6, dtype=torch.bool).tril()
+    mask[1, :, :, :2] = False
+    run = replace(llava.clean(llava.encode(questions(2, 0, ["cup"]))), masks=[mask, None], real=torch.ones(2, 6))
+    assert run.hidden(0, 3) == [0, 2] and run.hidden(1, 3) == [0, 0]
+    assert run.hidden(0, 4) is None, "nothing of the prefix of the second prompt is left"
+    assert run.hidden(0, 6) is None and run.hidden(1, 6) is None, "no prefix"
+    mask[0, :, 4, 1] = False
+    assert replace(run, padding={}).hidden(0, 3) is None, "rows that see different parts"
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_kernel_is_used_only_if_it_is_right(dtype, monkeypatch):
+    kernel = log_sum_exp_kernel.__wrapped__
+    assert kernel("cpu", dtype, 16) is not None and kernel("mps", dtype, 16) is None
+    right, key = sweeps._KERNELS["cpu", False], ("cpu", dtype.itemsize == 2)
+    def refused(q, k, v): raise RuntimeError("no such kernel")
+    wrong = [lambda q, k, v: right(1.1 * q, k, v), lambda q, k, v: (right(q, k, v)[0], right(q, k, v)[1] + 1), refused]
+    for broken in wrong:
+        monkeypatch.setitem(sweeps._KERNELS, key, broken)
+        assert kernel("cpu", dtype, 16) is None
 
 
 def test_little_memory_gives_the_same_in_more_pieces(llava, monkeypatch):
