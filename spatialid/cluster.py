@@ -125,6 +125,7 @@ def workers_of(pool:Pool):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", "Port .* is already in use")  # of Dask's page: another one is taken
     settings = {"distributed.nanny.pre-spawn-environ": {},  # else a worker, and this process too, has one thread
+                "distributed.worker.profile.enabled": False,  # of a worker that waits for a kernel
                 "distributed.scheduler.allowed-failures": pool.retries,
                 "distributed.scheduler.unknown-task-duration": "10m"}  # of a notebook; Dask would say half a second
     kinds = {"local": local_workers, **dict.fromkeys(SYSTEMS, batch_workers)}

@@ -228,6 +228,7 @@ def _execute(nb, out, params, path):
             print(f"{datetime.now():%F %T} {path.stem} on {gethostname()}: {params}", file=log, flush=True)
             pm.execute_notebook(nb, out, params, kernel_name="python3", language="python", cwd=path.parent,
                                 progress_bar=bar, start_timeout=300, stdout_file=log, stderr_file=log,
+                                request_save_on_cell_execute=False,  # twice a cell: half a minute for a long page
                                 extra_arguments=["--IPKernelApp.log_level=CRITICAL"])
     except pm.PapermillExecutionError as e:
         raise RunError(f"{_failure(path, e)}\n  The run up to there: {out}") from e
