@@ -9,28 +9,26 @@ __all__ = ['LADDER', 'HALVES', 'QUICK', 'SIDES', 'RADIUS', 'STAGES', 'TOLERANCE'
            'cell_of', 'released_ids', 'released_centre', 'released_centres', 'Readings', 'slot_means',
            'without_picture', 'read_ids', 'kinds_in', 'question_numbers', 'towards_truth', 'standardised', 'margins',
            'rank_biserial', 'compare', 'compare_all', 'fig8a_numbers', 'fig8a_by_layer', 'short_test', 'draw_overlaid',
-           'draw_line', 'draw_effects', 'of_right', 'plot_fig8a', 'pixels', 'disjoint_boxes', 'blurred',
-           'masked_queries', 'mask_log_probs', 'sensitivities', 'of_answer', 'fig8b_measures', 'draw_masks',
-           'plot_fig8b', 'image_mask', 'called_with', 'image_tokens', 'token_places', 'things_in', 'token_labels',
-           'linear_scores', 'folds_of', 'locate_in_tokens', 'probed', 'answered', 'evidence', 'losses',
-           'resampled_losses', 'beyond_tolerance', 'decide', 'verdict', 'diagnose', 'damaged', 'noised',
-           'stage_weights', 'shielded', 'lesion', 'quick_ids', 'packed', 'unpacked', 'quick_evidence',
-           'lesion_evidence', 'with_losses', 'calibrated', 'confusion_of', 'judged', 'looks', 'looking_heads',
-           'heads_off', 'lesion_plan', 'lesion_plans', 'lesion_record', 'heads_record', 'recorded', 'not_run',
-           'LesionStudy', 'lesion_table', 'heads_table', 'draw_losses', 'draw_confusion', 'plot_lesions', 'at_norm',
-           'correcting', 'words_alone', 'paired', 'injections', 'right_of', 'injected', 'chosen_on_half',
-           'injection_record', 'injection_table', 'draw_gains', 'plot_injected', 'word_embeddings', 'matched_places',
-           'attended_places', 'place_from_ids', 'exchanged_question', 'words_with_picture', 'inferred_places',
-           'choose_repair', 'repaired', 'repair_costs', 'repair_numbers', 'RepairChoice', 'chosen_repair',
-           'all_repaired', 'joined', 'repair_record', 'repair_table', 'with_mirrors', 'Layout', 'layout_of',
-           'random_plane', 'other_tokens', 'amplified', 'choose_amplification', 'share_of', 'amplified_answers',
-           'amplification_numbers', 'relative_time', 'layout_record', 'layout_table', 'draw_tried', 'draw_shares',
-           'plot_layout', 'diagnosis_claims']
+           'draw_effects', 'of_right', 'plot_fig8a', 'pixels', 'disjoint_boxes', 'blurred', 'masked_queries',
+           'mask_log_probs', 'sensitivities', 'of_answer', 'fig8b_measures', 'draw_masks', 'plot_fig8b', 'image_mask',
+           'called_with', 'image_tokens', 'token_places', 'things_in', 'token_labels', 'linear_scores', 'folds_of',
+           'locate_in_tokens', 'probed', 'answered', 'evidence', 'losses', 'resampled_losses', 'beyond_tolerance',
+           'decide', 'verdict', 'diagnose', 'damaged', 'noised', 'stage_weights', 'shielded', 'lesion', 'quick_ids',
+           'packed', 'unpacked', 'quick_evidence', 'lesion_evidence', 'with_losses', 'calibrated', 'confusion_of',
+           'judged', 'looks', 'looking_heads', 'heads_off', 'lesion_plan', 'lesion_plans', 'lesion_record',
+           'heads_record', 'recorded', 'not_run', 'LesionStudy', 'lesion_table', 'heads_table', 'draw_losses',
+           'draw_confusion', 'plot_lesions', 'correcting', 'words_alone', 'paired', 'injections', 'right_of',
+           'injected', 'chosen_on_half', 'injection_record', 'injection_table', 'draw_gains', 'plot_injected',
+           'word_embeddings', 'matched_places', 'attended_places', 'place_from_ids', 'exchanged_question',
+           'words_with_picture', 'inferred_places', 'choose_repair', 'repaired', 'repair_costs', 'repair_numbers',
+           'RepairChoice', 'chosen_repair', 'all_repaired', 'joined', 'repair_record', 'repair_table', 'with_mirrors',
+           'Layout', 'layout_of', 'random_plane', 'other_tokens', 'amplified', 'choose_amplification', 'share_of',
+           'amplified_answers', 'amplification_numbers', 'relative_time', 'layout_record', 'layout_table', 'draw_tried',
+           'draw_shares', 'plot_layout', 'diagnosis_claims']
 
 # %% ../nbs/06_diagnosis.ipynb #0a069224
 import json
 import time
-from collections.abc import Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -46,13 +44,14 @@ from PIL import Image, ImageFilter
 from scipy.stats import binomtest, mannwhitneyu, rankdata
 
 from .benchmarks import Benchmark, single, write_benchmark
-from .edits import BOTH, add, at_place, gaussian
+from .edits import BOTH, add, at_norm, at_place, gaussian
 from .extraction import SpatialIDs, extract, orthonormal, stored_ids, subsample
 from .hooks import VLM, scaled
-from .plots import ticks
+from .plots import plot_line, ticks
 from .query import Query
 from .questions import BENCHMARK_KINDS, QUESTIONS, answers_right
 from .scenes import GridScenes, Objects
+from . import stats
 from .stats import absolute, as_text, bootstrap, markdown_table, not_judged, rng, spanning, wilson
 from .store import OKABE_ITO, load_results, stored_path, style, write_json
 from .sweeps import Resumed, at_every_layer, attention, sweep
@@ -221,10 +220,7 @@ def texts_of(
     digits:int=2,
 ): # text, or dictionaries of texts; what is no number stays
     "Numbers with their intervals as text; those of a test with its p-values."
-    if not isinstance(numbers, Mapping): return numbers
-    if "value" in numbers: return as_text(numbers, digits)
-    if "effect" in numbers: return test_text(numbers)
-    return {key: texts_of(number, digits) for key, number in numbers.items()}
+    return stats.texts_of(numbers, digits, {"effect": test_text})
 
 def test_text(
     test:dict, # of `compare`
@@ -448,17 +444,10 @@ def draw_overlaid(ax, values, right, n_bins, label):
     ax.set(xlabel=label, ylabel="density")
 
 # %% ../nbs/06_diagnosis.ipynb #66edac6d
-def draw_line(ax, layers:list, numbers:list, colour): # numbers: {value, low, high} at each layer -> line
-    "Numbers with their intervals over layers."
-    value, low, high = zip(*[(number["value"], number["low"], number["high"]) for number in numbers])
-    line, = ax.plot(layers, value, marker="o", markersize=4, color=colour)
-    ax.fill_between(layers, low, high, alpha=0.15, linewidth=0, color=colour)
-    return line
-
 def draw_effects(ax, effects:list, layers:list, layer:int):
     "Effects of right against wrong answers at every layer."
     if all(e["value"] is not None for e in effects):
-        draw_line(ax, layers, effects, OKABE_ITO[0])
+        plot_line(ax, layers, effects, color=OKABE_ITO[0])
     ax.axhline(0, color="0.4", linewidth=0.8, linestyle="--")
     ax.axvline(layer, color="0.6", linestyle=":")
     ax.set(xlabel="layer ℓ", ylabel="rank-biserial effect", xticks=ticks(layers), ylim=(-1, 1))
@@ -1320,15 +1309,6 @@ def plot_lesions(
     draw_confusion(matrix, study.judged(study.everything)["confusion"])
     return fig
 
-# %% ../nbs/06_diagnosis.ipynb #7dcde550
-def at_norm(
-    push:torch.Tensor, # (..., d)
-    directions, # (..., d)
-) -> torch.Tensor: # (..., d)
-    "Other directions, as long as the pushes."
-    other = torch.as_tensor(directions).to(push)
-    return other * (push.norm(dim=-1, keepdim=True) / other.norm(dim=-1, keepdim=True))
-
 # %% ../nbs/06_diagnosis.ipynb #1f184ffc
 def correcting(
     ids:SpatialIDs,
@@ -1482,7 +1462,7 @@ def draw_gains(ax, arms:dict, layers:list) -> dict: # arms {arm: of `paired` at 
     lines = {}
     for arm, found in arms.items():
         name = arm.replace(",", "").split()[0]
-        lines[name] = draw_line(ax, layers, [change["gain"] for change in found], INJECTED[name])
+        lines[name] = plot_line(ax, layers, [change["gain"] for change in found], color=INJECTED[name])
     ax.axhline(0, color="0.4", linewidth=0.8, linestyle="--")
     ax.set(xlabel="layer ℓ", xticks=ticks(layers))
     return lines

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['ID_FILES', 'SLOTS', 'CELL_COLOURS', 'WORD_TEMPLATES', 'UNRELATED_TEMPLATES', 'WORDS', 'RELATIONS', 'PLAIN', 'PROMPTS',
            'SCALING_LINES', 'HALF', 'centred_ids', 'grid_axes', 'orthonormal', 'grid_design', 'grid_statistics',
-           'grid_null', 'axis_null', 'effective_dimensions', 'smooth_codes', 'SpatialIDs', 'null_of', 'null_of_grid',
-           'choose_layer', 'spread_of', 'on_axes', 'cosines', 'of_different_objects', 'compare_slots', 'choices',
-           'pair_weights', 'subset_cosines', 'over_subsets', 'disjoint_halves', 'spread_layers', 'read_safetensors',
-           'checked_slot', 'stored_ids', 'SceneIndex', 'grid_shape', 'check_filled', 'index_scenes', 'IDAccumulator',
-           'stamp_of', 'write_checkpoint', 'read_checkpoint', 'seen_of', 'exchanged', 'whole_layers',
+           'permuted_cells', 'grid_null', 'axis_null', 'effective_dimensions', 'smooth_codes', 'SpatialIDs', 'null_of',
+           'null_of_grid', 'choose_layer', 'spread_of', 'on_axes', 'cosines', 'of_different_objects', 'compare_slots',
+           'choices', 'pair_weights', 'subset_cosines', 'over_subsets', 'disjoint_halves', 'spread_layers',
+           'read_safetensors', 'checked_slot', 'stored_ids', 'SceneIndex', 'grid_shape', 'check_filled', 'index_scenes',
+           'IDAccumulator', 'stamp_of', 'write_checkpoint', 'read_checkpoint', 'seen_of', 'exchanged', 'whole_layers',
            'checked_settings', 'subject_activations', 'accumulate', 'Part', 'this_part', 'ended_like_ctrl_c', 'add_up',
            'run_part', 'extract', 'stopped', 'RingSums', 'additive_fit', 'cell_table', 'reliability', 'extract_rings',
            'subsample', 'middle_layers', 'plot_scenes', 'checkpoint_path', 'split_objects', 'statistics_table',
@@ -46,6 +46,7 @@ from tqdm import tqdm
 
 from .hub import pull_ids, push_ids
 from .packing import can_share, capture_shared, together
+from .plots import plot_line
 from .processes import ahead
 from .scenes import RingScenes
 from .stats import absolute, around, as_text, leave_one_out, not_judged, over_null, rng, with_interval
@@ -133,6 +134,15 @@ def grid_statistics(
     return {key: np.nan_to_num(value, posinf=0, neginf=0) for key, value in stats.items()}
 
 # %% ../nbs/03_extraction.ipynb #44dcde16
+def permuted_cells(
+    gram:np.ndarray, # (m², m²) inner products of the IDs of m² cells
+    n:int=1000, # permutations
+    seed:int=0,
+)->np.ndarray: # (n, m², m²)
+    "Inner products of the IDs after permuting the cells at random."
+    order = np.argsort(rng(seed, "permutations").random((n, len(gram))), axis=1)
+    return gram[order[:, :, None], order[:, None, :]]
+
 def grid_null(
     gram:np.ndarray, # (m², m²)
     n:int=1000, # permutations
@@ -140,8 +150,7 @@ def grid_null(
     rows:int|None=None, # of the grid; a square by default
 )->dict[str, np.ndarray]: # each (n,)
     "The statistics of a grid after permuting its IDs over the cells."
-    order = np.argsort(rng(seed, "permutations").random((n, len(gram))), axis=1)
-    return grid_statistics(gram[order[:, :, None], order[:, None, :]], rows)
+    return grid_statistics(permuted_cells(gram, n, seed), rows)
 
 # %% ../nbs/03_extraction.ipynb #70cbb072
 def axis_null(
@@ -318,7 +327,6 @@ def statistics(
     layer:int,
     size=None,
     objects=None, # only these objects
-    n_draws:int|None=None, # of the bootstrap there used to be; a jackknife draws nothing
     n_null:int=1000, # permutations, and smooth codes
     seed:int=0,
 )->dict[str, dict]: # each of `grid_statistics`: {value, low, high, n, null_mean, null_high, p}
@@ -396,11 +404,10 @@ def on_axes(
     units:np.ndarray, # (object, m², d)
     axes:np.ndarray, # (2, d), of some other IDs
     weights:np.ndarray, # pairs behind each object
-    **options, # of `with_interval`
 )->dict: # {value, low, high, n}
     "Share of the variance of IDs in the plane of given axes, with an interval over objects."
     share = lambda whole, plane: {"share": np.nan_to_num(spread_of(plane) / spread_of(whole))}
-    return with_interval(share, units, units @ orthonormal(axes).T, weights=weights, floor=0.0, **options)["share"]
+    return with_interval(share, units, units @ orthonormal(axes).T, weights=weights, floor=0.0)["share"]
 
 # %% ../nbs/03_extraction.ipynb #6afe7119
 def cosines(
@@ -1358,16 +1365,13 @@ def plot_over_layers(
     key:str,
     label:str,
     colour,
-    band:bool=True, # draw the interval
-    **line, # style of the line; with dots at the layers by default
+    **plain, # style of a line without dots and interval; with both by default
 ):
     "One number over the layers, with its interval."
     layers, values = list(numbers), [one[key] for one in numbers.values()]
-    line = line or {"marker": "o", "markersize": 3.5}
-    ax.plot(layers, [v["value"] for v in values], label=label, color=colour, **line)
-    if band and values[0]["low"] is not None:
-        low, high = ([v[end] for v in values] for end in ("low", "high"))
-        ax.fill_between(layers, low, high, color=colour, alpha=0.18, linewidth=0)
+    look = {"label": label, "color": colour}
+    if plain: ax.plot(layers, [one["value"] for one in values], **look, **plain)
+    else: plot_line(ax, layers, values, size=3.5, shade=0.18, **look)
 
 # %% ../nbs/03_extraction.ipynb #490732da
 def plot_with_null(ax, numbers:dict, key:str, label:str, colour):
@@ -1735,7 +1739,7 @@ def plot_slots(
     plot_over_layers(cosine, slots, "cells", "IDs, mean over cells", "C0")
     plot_over_layers(cosine, slots, "x", "axis h (left to right)", "C1")
     plot_over_layers(cosine, slots, "y", "axis v (top to bottom)", "C2")
-    control = dict(band=False, linestyle="--", linewidth=1.2)
+    control = dict(linestyle="--", linewidth=1.2)
     plot_over_layers(cosine, slots, "same_slot", "two objects, one slot", "0.4", **control)
     plot_over_layers(cosine, slots, "other_slot", "two objects, two slots", "C4", **control)
     cosine.axhline(0, color="0.4", linewidth=0.8)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['STAND_IN', 'DTYPES', 'RULES', 'Turn', 'Eager', 'offloading', 'VLM', 'joins', 'Layout', 'readable', 'Run', 'Inside',
-           'check_same_length', 'copied', 'largest_gap', 'relative_difference', 'Prompts', 'patching', 'as_dtype',
-           'scaled', 'steering']
+           'check_same_length', 'copied', 'largest_gap', 'relative_difference', 'as_rows', 'Prompts', 'patching',
+           'as_dtype', 'scaled', 'steering']
 
 # %% ../nbs/00_hooks.ipynb #c205cba9
 import hashlib, inspect, os, re, threading, unicodedata, warnings
@@ -786,24 +786,24 @@ def show_difference(self:VLM,
     return mesh
 
 # %% ../nbs/00_hooks.ipynb #284ecdb8
-@patch
-def _fitting(self:VLM, function, layer, group):
-    "A function of rows (B, P, d). The new one raises ValueError where what it gives does not fit them."
-    def fitting(rows):
-        written = function(rows)
-        try: return written.expand_as(rows)
-        except (RuntimeError, AttributeError) as e:
-            given = tuple(written.shape) if hasattr(written, "shape") else type(written).__name__
-            raise ValueError(f"the patch of {group!r} at layer {layer} gives {given} for rows {tuple(rows.shape)} "
-                             "(queries, rows, width): return as many") from e
-    return fitting
+def as_rows(
+    written, # what a function gave for rows: a tensor that can be broadcast to them
+    rows:torch.Tensor, # (B, P, d)
+    what:str, # that gave it, for the error
+) -> torch.Tensor: # (B, P, d)
+    "New rows in the shape of the old ones. ValueError where they do not fit."
+    try: return written.expand_as(rows)
+    except (RuntimeError, AttributeError) as e:
+        given = tuple(written.shape) if hasattr(written, "shape") else type(written).__name__
+        raise ValueError(f"{what} gives {given} for rows {tuple(rows.shape)} (queries, rows, width): "
+                         "give as many") from e
 
 @patch
 def _new(self:VLM, new, layer, group, shape, start, total):
     """What a patch writes into (B, P) rows, for the queries from `start` of `total`.
 
     Raises ValueError for a tensor that does not fit."""
-    if callable(new): return self._fitting(new, layer, group)
+    if callable(new): return lambda rows: as_rows(new(rows), rows, f"the patch of {group!r} at layer {layer}")
     new = new.residual(layer, group) if isinstance(new, Run) else torch.as_tensor(new)
     if new.ndim == 3 and len(new) == total: new = new[start:start + shape[0]]
     elif new.ndim == 3 and len(new) > 1: shape = (total, shape[1])

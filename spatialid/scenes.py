@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['GLYPHS', 'OBJECTS', 'COLOURS', 'MARGIN', 'PLACES', 'TIMES', 'Objects', 'own_colour', 'open_picture', 'paste', 'sheet',
-           'noise_background', 'background', 'grid_pairs', 'GridScene', 'GridScenes', 'RingScene', 'RingScenes',
-           'Thing', 'relation', 'between', 'place', 'Scene', 'balanced', 'question_texts', 'FreeScenes', 'asked_of',
-           'height_and_depth']
+           'noise_background', 'background', 'grid_pairs', 'each_with_another', 'GridScene', 'GridScenes', 'RingScene',
+           'RingScenes', 'Thing', 'relation', 'between', 'place', 'Scene', 'balanced', 'question_texts', 'FreeScenes',
+           'asked_of', 'height_and_depth']
 
 # %% ../nbs/01_data.ipynb #3c66032d
 import math
@@ -217,6 +217,12 @@ def grid_pairs(n_pairs:int=90, # k·(k−1) for k objects: 6, 20, 56, 90 in §D.
         raise ValueError(f"n_pairs must be k·(k−1) for 2 ≤ k ≤ {len(names)} objects "
                          f"(2, 6, 12, 20, 30, 42, 56, 72, 90, …), not {n_pairs}")
     return list(permutations(names[:k], 2))
+
+def each_with_another(
+    names:list,
+) -> list: # (reference, object): every name once as either
+    "Pairs of a reference and an object, each name beside the one before it; the first beside the last."
+    return [(names[i - 1], name) for i, name in enumerate(names)]
 
 # %% ../nbs/01_data.ipynb #2ede0642
 @dataclass(frozen=True)

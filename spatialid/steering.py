@@ -7,8 +7,8 @@ __all__ = ['ARMS', 'DOSES', 'ARM_COLOURS', 'PUBLISHED', 'DOSE_COLUMNS', 'RING_PI
            'EFFECTS', 'KIND_AXES', 'ALL_CELLS', 'PATH_COLOURS', 'OBJECTS_ON_OBJECTS', 'PAPER_TABLE1', 'CHANCES',
            'QuestionSource', 'show_question', 'plot_answers', 'masks_of_kinds', 'steered_answers', 'adversarial',
            'fig2_edits', 'draws_of_arms', 'readings', 'dose_edits', 'other_doses', 'dose_controls', 'fig2_dose_edits',
-           'swaps_at_dose', 'dose_readings', 'plot_line', 'zero_line', 'plot_swaps', 'listed_layers', 'plot_bars',
-           'plot_rules', 'plot_dose_readings', 'plot_fig2', 'moves_by_slot', 'chosen_dose', 'with_gain', 'at_layer',
+           'swaps_at_dose', 'dose_readings', 'zero_line', 'plot_swaps', 'listed_layers', 'plot_bars', 'plot_rules',
+           'plot_dose_readings', 'plot_fig2', 'rows_of', 'moves_by_slot', 'chosen_dose', 'with_gain', 'at_layer',
            'at_dose', 'second_noun_ids', 'dose_choices', 'dose_table', 'rows_of_words', 'word_by_word',
            'whole_word_swaps', 'ceiling_numbers', 'wilson_by_layer', 'plot_dose', 'plot_estimates', 'layers_beside',
            'dose_points', 'plot_dose_choice', 'rings_like', 'packed_ring_ids', 'ring_numbers', 'fig2_claims',
@@ -24,9 +24,9 @@ __all__ = ['ARMS', 'DOSES', 'ARM_COLOURS', 'PUBLISHED', 'DOSE_COLUMNS', 'RING_PI
            'right_share', 'relation_numbers', 'relation_table', 'plot_relation', 'surrounded', 'ring_edits',
            'ring_slopes', 'plot_ring', 'scene_place', 'movable_questions', 'redrawn', 'towards', 'path_names',
            'move_edits', 'path_changes', 'outside_changes', 'beyond_steps', 'plot_path', 'AtWord', 'at_word',
-           'relation_words', 'ids_at_words', 'word_scenes', 'rows_of', 'mean_of', 'table1_edits', 'table1_swaps',
-           'less_noise', 'table1_numbers', 'table1_text', 'id_strength', 'fig9_numbers', 'pad_figure', 'pad_odds',
-           'pad_queries', 'pad_scene', 'plot_pad', 'playground', 'claim_or_reason', 'fig6a_results', 'fig6b_results']
+           'relation_words', 'ids_at_words', 'word_scenes', 'mean_of', 'table1_edits', 'table1_swaps', 'less_noise',
+           'table1_numbers', 'table1_text', 'id_strength', 'fig9_numbers', 'pad_figure', 'pad_odds', 'pad_queries',
+           'pad_scene', 'plot_pad', 'playground', 'claim_or_reason', 'fig6a_results', 'fig6b_results']
 
 # %% ../nbs/04_steering.ipynb #0f513cbf
 import re
@@ -44,7 +44,7 @@ from .extraction import SpatialIDs, cosines, extract, extract_rings, orthonormal
 from .groups import whole_objects
 from .hooks import VLM, scaled
 from .packing import can_share, together
-from .plots import ticks
+from .plots import plot_line, ticks
 from .query import Query
 from .questions import BENCHMARK_KINDS, LEFT_RIGHT, QUESTIONS, answers_right, questions
 from .scenes import COLOURS, FreeScenes, GridScenes, RingScenes, Scene, Thing, grid_pairs
@@ -300,20 +300,6 @@ ARM_COLOURS = {"ID": OKABE_ITO[0], "noise": OKABE_ITO[1], "permuted places": OKA
                "off the plane": OKABE_ITO[4], "agreeing ID": OKABE_ITO[7],
                "subject only": OKABE_ITO[5], "object only": OKABE_ITO[3]}
 
-def plot_line(
-    ax, # matplotlib axes
-    x, # (K,)
-    estimates, # {value, low, high} of lists of K, or K estimates
-    fmt:str="-", # of the line
-    size:int=4, # of the markers
-    **options, # of the line
-):
-    "A line of numbers with their 95 % intervals."
-    found = estimates
-    if not hasattr(found, "keys"): found = {key: [one[key] for one in estimates] for key in ("value", "low", "high")}
-    line, = ax.plot(x, found["value"], fmt, marker="o", markersize=size, **options)
-    ax.fill_between(x, found["low"], found["high"], color=line.get_color(), alpha=0.14, linewidth=0)
-
 def zero_line(ax):
     "A line where nothing changes."
     ax.axhline(0, color="0.4", linewidth=0.8, linestyle="--")
@@ -408,6 +394,15 @@ def plot_fig2(
     return fig
 
 # %% ../nbs/04_steering.ipynb #a256e6ae
+def rows_of(
+    *finds, # functions of (layer, samples) -> to (b, P, d), origin (b, P, d)
+): # one such function of all their rows
+    "Pushes of several rows, one after the other."
+    def find(layer, samples):
+        ends = zip(*(one(layer, samples) for one in finds))
+        return tuple(torch.cat(end, 1) for end in ends)
+    return find
+
 def moves_by_slot(
     slots, # `SpatialIDs` of each row: read at the first noun, at the second, ...
     to, # (B, P, 2) place (column, row) to go to, for each query and row
@@ -418,11 +413,7 @@ def moves_by_slot(
     ValueError for another number of slots than of words."""
     if len(slots) != to.shape[1]:
         raise ValueError(f"{len(slots)} sets of IDs for {to.shape[1]} words: give one for each")
-    finds = [moves(ids, to[:, k:k + 1], origin[:, k:k + 1]) for k, ids in enumerate(slots)]
-    def find(layer, samples):
-        ends = [one(layer, samples) for one in finds]
-        return tuple(torch.cat(end, 1) for end in zip(*ends))
-    return find
+    return rows_of(*(moves(ids, to[:, k:k + 1], origin[:, k:k + 1]) for k, ids in enumerate(slots)))
 
 # %% ../nbs/04_steering.ipynb #34372474
 def chosen_dose(
@@ -1799,15 +1790,6 @@ def word_scenes(
     return subsample(scenes, 2)
 
 # %% ../nbs/04_steering.ipynb #a2f007a6
-def rows_of(
-    *finds, # functions of (layer, samples) -> to (b, P, d), origin (b, P, d)
-): # one such function of all their rows
-    "Pushes of several rows, one after the other."
-    def find(layer, samples):
-        ends = zip(*(one(layer, samples) for one in finds))
-        return tuple(torch.cat(end, 1) for end in ends)
-    return find
-
 def mean_of(
     *finds, # functions of (layer, samples) -> to (b, P, d), origin (b, P, d)
 ): # one such function
@@ -1900,7 +1882,7 @@ def id_strength(
     "Norm of the IDs over that of the residual stream at the subject, times R² of the linear map."
     residual = run.residual(layer, "subject")[:, 0].float().norm(dim=-1).mean()
     relative = float(np.linalg.norm(ids.at(layer), axis=-1).mean() / residual)
-    r2 = ids.linear_r2(layer, n_draws=2, n_null=2)["value"]
+    r2 = ids.linear_r2(layer, n_null=2)["value"]
     return {"relative_norm": relative, "r2": r2, "strength": relative * r2}
 
 # %% ../nbs/04_steering.ipynb #f98031d5
