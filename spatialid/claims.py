@@ -106,10 +106,15 @@ def report(
         numbers = [_at(results, key) for key in keys]
         if keys in lines or not all(isinstance(number, dict) for number in numbers): continue # left out
         number, said, why = _decide(numbers, entry["rule"])
-        found = why if said == "not judged" else _estimate(number, entry["unit"]) + (f" ({why})" if why else "")
+        found = _found_words(number, said, why, entry["unit"])
         lines[keys] = [entry["id"], entry["claim"], found, f"{VERDICTS[said]} {said}"]
     if not lines: raise KeyError(f"no claim of {notebooks_dir()/'claims.json'} is measured by {notebook!r} here")
     return markdown_table(["id", "claim", "found", "verdict"], [*lines.values()])
+
+def _found_words(number, said, why, unit):
+    "A number as text with what else decided its verdict; the reason alone where it is not judged."
+    if said == "not judged": return why
+    return _estimate(number, unit) + (f" ({why})" if why else "")
 
 def _estimate(number, unit):
     "A number as text: value, interval, n, what was resampled."
@@ -118,7 +123,8 @@ def _estimate(number, unit):
 
 def _number(x):
     "A number in at most six characters."
-    return "–" if x is None else f"{x:,.0f}" if abs(x) >= 100 else f"{x:.2f}"
+    if x is None: return "–"
+    return f"{x:,.0f}" if abs(x) >= 100 else f"{x:.2f}"
 
 def _at(results, key):
     "The number under a dotted key of results, None if it is not there."

@@ -7,7 +7,7 @@ __all__ = ['ID_FILES', 'SLOTS', 'CELL_COLOURS', 'WORD_TEMPLATES', 'UNRELATED_TEM
            'SCALING_LINES', 'HALF', 'centred_ids', 'grid_axes', 'orthonormal', 'grid_design', 'grid_statistics',
            'permuted_cells', 'grid_null', 'axis_null', 'effective_dimensions', 'smooth_codes', 'SpatialIDs', 'null_of',
            'null_of_grid', 'choose_layer', 'spread_of', 'on_axes', 'cosines', 'of_different_objects', 'compare_slots',
-           'choices', 'pair_weights', 'subset_cosines', 'over_subsets', 'disjoint_halves', 'spread_layers',
+           'rest_of', 'choices', 'pair_weights', 'subset_cosines', 'over_subsets', 'disjoint_halves', 'spread_layers',
            'read_safetensors', 'checked_slot', 'stored_ids', 'SceneIndex', 'grid_shape', 'check_filled', 'index_scenes',
            'IDAccumulator', 'stamp_of', 'write_checkpoint', 'read_checkpoint', 'seen_of', 'exchanged', 'whole_layers',
            'checked_settings', 'subject_activations', 'accumulate', 'Part', 'this_part', 'ended_like_ctrl_c', 'add_up',
@@ -455,6 +455,13 @@ def compare_slots(
     return {name: around(values) for name, values in found.items()}
 
 # %% ../nbs/03_extraction.ipynb #09c4fd9e
+def rest_of(
+    names, # of objects
+    some, # of the names
+)->tuple: # of names
+    "The other names, in order."
+    return tuple(name for name in names if name not in some)
+
 def choices(
     names:list, # of the objects
     n:int,
@@ -502,7 +509,7 @@ def over_subsets(
     Without an object `measure` gets the names of the others, as if it had never been extracted; where n is all of
     them, the subset is all of the others."""
     def mean(some): return np.mean(measure(some, choices(some, min(n, len(some)), limit, seed)))
-    others = [[other for other in names if other != name] for name in names]
+    others = [rest_of(names, [name]) for name in names]
     return {**around([mean(names), *map(mean, others)], floor), "subsets": len(choices(names, n, limit, seed))}
 
 # %% ../nbs/03_extraction.ipynb #9589959a
@@ -517,14 +524,14 @@ def disjoint_halves(
 
     Jackknife over objects: the halvings of the others; no interval with fewer than five objects, whose halves would
     lack a pair. ValueError below four."""
-    def mean(some):
-        halves = choices(some, len(some) // 2, limit, seed)
-        rest = [tuple(name for name in some if name not in half) for half in halves]
-        return subset_cosines(pair_weights(pairs, halves), pair_weights(pairs, rest), gram).mean()
     if len(names) < 4:
         raise ValueError(f"halves without a common object take at least four objects, not {len(names)}")
-    without = [mean([other for other in names if other != name]) if len(names) > 4 else np.nan for name in names]
-    return around([mean(names), *without])
+    def mean(some):
+        halves = choices(some, len(some) // 2, limit, seed)
+        rests = [rest_of(some, half) for half in halves]
+        return subset_cosines(pair_weights(pairs, halves), pair_weights(pairs, rests), gram).mean()
+    if len(names) == 4: return around([mean(names), *[np.nan] * 4])
+    return around([mean(names), *(mean(rest_of(names, [name])) for name in names)])
 
 # %% ../nbs/03_extraction.ipynb #9a94fc48
 def spread_layers(
@@ -1833,8 +1840,7 @@ def cosine_to_all(self:PairSubsets, subsets:list)->np.ndarray: return self.cosin
 @patch
 def cosine_to_rest(self:PairSubsets, subsets:list)->np.ndarray:
     "Cosine of the IDs of subsets with those of the objects that are not in them: (n,)."
-    rest = [tuple(name for name in self.names if name not in subset) for subset in subsets]
-    return self.cosine(subsets, rest)
+    return self.cosine(subsets, [rest_of(self.names, subset) for subset in subsets])
 
 @patch
 def nearest_column(self:PairSubsets, subsets:list)->np.ndarray:

@@ -394,9 +394,16 @@ def correlations(
 ) -> dict: # {reading: {value, low, high, n, p}}; empty for fewer than 3 points
     "Rank correlation of every reading with accuracy."
     if len(points) < 3: return {}
-    accuracy, runs = ([getattr(p, key) for p in points] for key in ("accuracy", "run"))
+    runs = [p.run for p in points]
     if len({*runs}) == 1: runs = None # within a run its checkpoints are resampled
-    return {name: rank_correlation([p.reading(name) for p in points], accuracy, seed, runs=runs) for name in READINGS}
+    return _with_accuracy(points, [p.accuracy for p in points], seed, runs)
+
+def _with_accuracy(points, accuracy, seed, runs=None):
+    "{reading: rank correlation with some accuracies, one for each point}"
+    found = {}
+    for name in READINGS:
+        found[name] = rank_correlation([p.reading(name) for p in points], accuracy, seed, runs=runs)
+    return found
 
 def correlations_within(
     points:list, # of `Point`
@@ -417,7 +424,7 @@ def correlations_on_cards(
     if len(names) < 3: return {}
     accuracy = [cards[name]["accuracy"]["left_right"]["value"] for name in names]
     points = [Point(name, name, models[name]["fig9"], False) for name in names]
-    return {key: rank_correlation([p.reading(key) for p in points], accuracy, seed) for key in READINGS}
+    return _with_accuracy(points, accuracy, seed)
 
 # %% ../nbs/13_models.ipynb #fbdc9e5f
 def _plot_run(ax, points, reading, colour):

@@ -557,12 +557,15 @@ def __getitem__(self:Steps, i) -> dict:
     items = [self.item(k) for k in numbers]
     drawn = [item.canvases() if self.recipe.frames else [item.canvas()] for item in items]
     made = [self.sequence(item, rng(self.scenes.seed, "questions", k)) for item, k in zip(items, numbers)]
-    pictures = [[Image.fromarray(canvas.astype(np.uint8)) for canvas, _ in frames] for frames in drawn]
-    boxes = [[boxes for _, boxes in frames] for frames in drawn]
+    pictures, boxes = map(list, zip(*map(_pictures_and_boxes, drawn)))
     measured = [(b, *one) for b, (_, of) in enumerate(made) for one in of]
     return padded([row for row, _ in made], self.tok.pad_token_id) | dict(
         asked=measured, picture=self.picture(pictures),
         patches=torch.from_numpy(np.stack([self.patches(frames) for frames in boxes])))
+
+def _pictures_and_boxes(frames):
+    "The pictures of some frames, and the boxes drawn in each: frames (canvas, boxes)."
+    return [Image.fromarray(canvas.astype(np.uint8)) for canvas, _ in frames], [boxes for _, boxes in frames]
 
 # %% ../nbs/10_organisms.ipynb #2206ee0e
 from .packing import packed_mask

@@ -595,15 +595,23 @@ def question_texts(
     video:bool=False, # those of a video too
 ) -> list: # one text per wording, names left out
     "Every wording in which a scene can be asked, and its answers: what a tokenizer must know."
-    scene, time = ([QUESTIONS[kind] for kind in kinds] for kinds in (_WORDED, VIDEO_KINDS[:3]))
-    texts = [kind.template for kind in scene] + [kind.swapped for kind in scene if kind.swapped]
+    texts = _wordings_of(_WORDED)
     texts += [f"Is the {{subject}} in the {halves} half of the image?" for halves in ("left or right", "top or bottom")]
     texts += [f"Is the {{subject}} {colour} or {colour}?" for colour in COLOURS]
-    texts += [f" {word}" for kind in scene for word in kind.answers]
+    texts += _answers_of(_WORDED)
     if video:
-        texts += [kind.template for kind in time] + [kind.swapped for kind in time if kind.swapped]
-        texts += [f" {word}" for words in (*(kind.answers for kind in time), TIMES) for word in words]
+        kinds = VIDEO_KINDS[:3] # what else is asked of a video is asked of a scene too
+        texts += [*_wordings_of(kinds), *_answers_of(kinds), *(f" {word}" for word in TIMES)]
     return [text.format(subject="", object="", other="") for text in texts]
+
+def _wordings_of(kinds):
+    "The templates of some kinds of question, then those with the answers in the other order."
+    kinds = [QUESTIONS[kind] for kind in kinds]
+    return [kind.template for kind in kinds] + [kind.swapped for kind in kinds if kind.swapped]
+
+def _answers_of(kinds):
+    "The answers to some kinds of question, as they stand after a word."
+    return [f" {word}" for kind in kinds for word in QUESTIONS[kind].answers]
 
 _WORDED = ("left_right", "above_below", "front_behind", "near_far", "between", "existence") # whatever the scene
 

@@ -522,8 +522,9 @@ def whole_word_swaps(
     alphas, # α
 ) -> dict: # {α: {"ID", "noise", "permuted places": (L, B)}}
     "Swapped beliefs when the pushes of `dose_edits` are on every sub-token: a sweep for each number of sub-tokens."
-    words = [tuple(k for _, k in rows_of_words(vlm, query)) for query in queries]
-    swaps = {a: {arm: np.zeros((len(layers), len(queries))) for arm in DOSE_COLUMNS[:3]} for a in alphas}
+    def words_of(query): return tuple(k for _, k in rows_of_words(vlm, query))
+    def none(): return {arm: np.zeros((len(layers), len(queries))) for arm in DOSE_COLUMNS[:3]}
+    words, swaps = list(map(words_of, queries)), {a: none() for a in alphas}
     for alike in sorted(set(words)):
         which = np.flatnonzero([of == alike for of in words])
         rows = partial(word_by_word, which=which, words=alike)
@@ -616,6 +617,14 @@ def dose_points(
     return points
 
 # %% ../nbs/04_steering.ipynb #f019547b
+def _mark_chosen(ax, best, words):
+    "At the chosen layer, bold: the IDs on whole words (dashed), and a ring at the chosen dose."
+    ax.set_title(f"layer {best['layer']}, chosen", fontsize=10, fontweight="bold")
+    by_dose = [arms["ID"][0] for arms in words.values()]
+    plot_line(ax, list(words), by_dose, "--", color=ARM_COLOURS["ID"], label="ID, whole words")
+    ax.plot(best["alpha"], best["ID"]["value"], "o", markersize=13, markerfacecolor="none",
+            markeredgecolor=OKABE_ITO[7], label="dose chosen on the other half")
+
 @style()
 def plot_dose_choice(
     swaps:dict, # {α: {arm: (L, B)}}
@@ -628,19 +637,16 @@ def plot_dose_choice(
     name:str, # of the model
 ):
     "Swaps by dose at the chosen layer and its neighbours, and the numbers at the chosen dose."
-    n, (best, paper), reported = len(shown), rows.values(), slice(n_choice, None)
-    by_alpha, words = wilson_by_layer(swaps, reported), wilson_by_layer(on_words, reported)
+    n, reported = len(shown), slice(n_choice, None)
+    best, paper = rows.values()
+    by_alpha = wilson_by_layer(swaps, reported)
     fig, panels = plt.subplots(1, n + 1, figsize=(2.1 * n + 5, 4), width_ratios=[1] * n + [1.6])
     for ax, layer in zip(panels, shown):
         plot_dose(ax, by_alpha, layers.index(layer))
         ax.set_title(f"layer {layer}", fontsize=10)
         ax.tick_params(labelsize=8, labelleft=layer == shown[0])
     chosen = panels[shown.index(best["layer"])]
-    chosen.set_title(f"layer {best['layer']}, chosen", fontsize=10, fontweight="bold")
-    plot_line(chosen, list(words), [arms["ID"][0] for arms in words.values()], "--", color=ARM_COLOURS["ID"],
-              label="ID, whole words")
-    chosen.plot(best["alpha"], best["ID"]["value"], "o", markersize=13, markerfacecolor="none",
-                markeredgecolor=OKABE_ITO[7], label="dose chosen on the other half")
+    _mark_chosen(chosen, best, wilson_by_layer(on_words, reported))
     panels[0].set_ylabel(f"beliefs swapped (n = {best['ID']['n']})")
     fig.legend(*chosen.get_legend_handles_labels(), loc="outside lower left", ncols=3, fontsize=8)
     plot_estimates(panels[-1], dose_points(rows, ceiling))
@@ -790,6 +796,20 @@ def largest_only(ids:SpatialIDs) -> SpatialIDs:
     return SpatialIDs(**{**fields, "protocol": "released"})
 
 # %% ../nbs/04_steering.ipynb #a092108e
+def _variant_pushes(ids, queries, beliefs, alpha, scale): # scale: of `released_scale`
+    "{variant: where to and from, scale and, where it is another, the rule}, see `pushing`."
+    ends = opposing(queries, beliefs)
+    find = moves(ids, *ends)
+    through = moves(ids, *opposing(queries, beliefs, 1.5)) # between the two middle rows (columns) of the grid
+    by_truth = moves(ids, *opposing(queries, [query.truth for query in queries]))
+    return {f"rule each_norm, α = {alpha:g}": (find, alpha, "each_norm"),
+            f"rule raw, α = {alpha:g}": (find, alpha, "raw"), "rule diff_norm, α = 1": (find, 1.0),
+            "norm and token of the released script": (find, scale),
+            "through the middle of the grid": (through, alpha),
+            "through the middle of the grid, α = 1": (through, 1.0),
+            "IDs of the largest objects only": (moves(largest_only(ids), *ends), alpha),
+            "against the truth, not the belief": (by_truth, alpha)}
+
 def variant_edits(
     vlm:VLM,
     ids:SpatialIDs,
@@ -800,22 +820,12 @@ def variant_edits(
     seed:int=0,
 ) -> dict: # edits of `sweep`: "variant/ID", "variant/noise"; of "subject only" the noise, its ID is an arm of Figure 2
     "Variants of the push of Figure 2, one choice changed at a time."
-    to, origin = opposing(queries, beliefs)
-    find = moves(ids, to, origin)
-    through = moves(ids, *opposing(queries, beliefs, 1.5)) # between the two middle rows (columns) of the grid
-    by_truth = moves(ids, *opposing(queries, [query.truth for query in queries]))
     scale = released_scale(vlm, queries, alpha, layers)
     def first_token(query): return [occurrences(vlm, query, mark)[0] for mark in BOTH]
-    variants = {f"rule each_norm, α = {alpha:g}": (find, alpha, "each_norm"),
-                f"rule raw, α = {alpha:g}": (find, alpha, "raw"), "rule diff_norm, α = 1": (find, 1.0),
-                "norm and token of the released script": (find, scale),
-                "through the middle of the grid": (through, alpha),
-                "through the middle of the grid, α = 1": (through, 1.0),
-                "IDs of the largest objects only": (moves(largest_only(ids), to, origin), alpha),
-                "against the truth, not the belief": (by_truth, alpha)}
-    noise = pushing(moves(ids, to[:, :1], origin[:, :1]), alpha, instead=gaussian(vlm.width, 1, seed, 0))
+    to, origin = (ends[:, :1] for ends in opposing(queries, beliefs)) # of the subject
+    noise = pushing(moves(ids, to, origin), alpha, instead=gaussian(vlm.width, 1, seed, 0))
     edits = {"subject only/noise": ("subject", noise)}
-    for name, how in variants.items():
+    for name, how in _variant_pushes(ids, queries, beliefs, alpha, scale).items():
         group = first_token if "token" in name else BOTH
         both = with_noise(vlm.width, *how, group=group, seed=seed)
         edits |= {f"{name}/{arm}": edit for arm, edit in both.items()}
@@ -1716,6 +1726,10 @@ def beyond_steps(
 # %% ../nbs/04_steering.ipynb #afdea18d
 PATH_COLOURS = (OKABE_ITO[7], OKABE_ITO[2], OKABE_ITO[0], OKABE_ITO[4])
 
+def _with_ends(inside, outside): # (B, K), (B, 4) -> (B, K + 4)
+    "Numbers along a path between those of the two columns on either side."
+    return np.hstack([outside[:, :2], inside, outside[:, 2:]])
+
 @style()
 def plot_path(
     path:dict, # {name: (B, K)} of `path_changes`
@@ -1727,13 +1741,10 @@ def plot_path(
 ):
     "The belief along the path of the subject, with the real picture and without."
     fig, (wide, close) = plt.subplots(1, 2, figsize=(9.5, 3.4))
+    everywhere = np.concatenate([outside[:2], inside, outside[2:]])
     for (name, values), colour in zip(path.items(), PATH_COLOURS):
-        x = inside
-        if name in path_outside:
-            beyond = path_outside[name]
-            x = np.concatenate([outside[:2], inside, outside[2:]])
-            values = np.hstack([beyond[:, :2], values, beyond[:, 2:]])
-        found = bootstrap(values, seed=seed)
+        if name in path_outside: values = _with_ends(values, path_outside[name])
+        x, found = everywhere if name in path_outside else inside, bootstrap(values, seed=seed)
         for ax in (wide,) if name == "real picture" else (wide, close):
             plot_line(ax, x, found, color=colour, label=name)
     for ax in (wide, close):

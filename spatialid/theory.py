@@ -1530,6 +1530,31 @@ def read_outs_by_layer(ids:SpatialIDs, pushed:Pushed, judge:Judge)->dict: # {lay
             for l, changes in pushed.changes.items()}
 
 # %% ../nbs/09_theory.ipynb #b55688bb
+def _plot_predicted(panel, changes, predicted, layer):
+    "Changes (B, 16) read out and measured, a dot each."
+    look = dict(s=4, alpha=0.35, color=OKABE_ITO[0], linewidth=0)
+    panel.scatter(predicted.ravel(), changes.ravel(), **look)
+    panel.axline((0, 0), slope=1, color="0.5", linewidth=0.8)
+    r2 = r_squared(np.stack([changes, predicted], 1))
+    panel.set(xlabel="change by the read-out, nats", ylabel="change measured, nats",
+              title=f"ID steps at layer {layer}: R² {r2:.2f}")
+
+def _plot_mean_change(panel, changes): # -> what a colour bar is of
+    "Mean over questions of the changes (B, 16), cell by cell."
+    mean = changes.mean(0).reshape(4, 4)
+    shown = panel.imshow(mean, cmap="PuOr", vmin=-np.abs(mean).max(), vmax=np.abs(mean).max())
+    panel.set(xlabel="column", ylabel="row", xticks=range(4), yticks=range(4))
+    panel.set_title(f"mean of {len(changes)} questions")
+    panel.grid(False)
+    return shown
+
+def _plot_unpushed(panel, pushed):
+    "The answer without a push, by how far the subject is to the right of the object."
+    columns = (pushed.places["subject"] - pushed.places["object"])[:, 0]
+    panel.scatter(columns, pushed.plain, s=8, color=OKABE_ITO[3], alpha=0.6, linewidth=0)
+    panel.set(xlabel="subject's column less object's, cells", ylabel="left against right, nats",
+              title=f"no push, {len(columns)} questions")
+
 def plot_read_out(
     fig, # an empty matplotlib figure
     ids:SpatialIDs,
@@ -1542,22 +1567,10 @@ def plot_read_out(
     changes, held = pushed.changes[layer], ~judge.train
     steps = id_steps(ids, layer, pushed.places)
     predicted = read_out(steps, changes, every_direction(ids, layer), judge.train)[0]
-    look = dict(s=4, alpha=0.35, color=OKABE_ITO[0], linewidth=0)
-    by_question.scatter(predicted[held].ravel(), changes[held].ravel(), **look)
-    by_question.axline((0, 0), slope=1, color="0.5", linewidth=0.8)
-    r2 = r_squared(np.stack([changes[held], predicted[held]], 1))
-    by_question.set(xlabel="change by the read-out, nats", ylabel="change measured, nats",
-                    title=f"ID steps at layer {layer}: R² {r2:.2f}")
-    mean = changes[held].mean(0).reshape(4, 4)
-    shown = by_cell.imshow(mean, cmap="PuOr", vmin=-np.abs(mean).max(), vmax=np.abs(mean).max())
-    by_cell.set(xlabel="column", ylabel="row", xticks=range(4), yticks=range(4))
-    by_cell.set_title(f"mean of {held.sum()} questions")
-    by_cell.grid(False)
+    _plot_predicted(by_question, changes[held], predicted[held], layer)
+    shown = _plot_mean_change(by_cell, changes[held])
     fig.colorbar(shown, ax=by_cell, label="left against right, nats", shrink=0.85)
-    columns = (pushed.places["subject"] - pushed.places["object"])[:, 0]
-    plain.scatter(columns, pushed.plain, s=8, color=OKABE_ITO[3], alpha=0.6, linewidth=0)
-    plain.set(xlabel="subject's column less object's, cells", ylabel="left against right, nats",
-              title=f"no push, {len(columns)} questions")
+    _plot_unpushed(plain, pushed)
 
 # %% ../nbs/09_theory.ipynb #420ff278
 _RECOGNISE = Stage("recognise", 2500, 64, 2e-3, stop=1500)
