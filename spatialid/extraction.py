@@ -268,18 +268,23 @@ def units(
 
 @patch
 def at(self:SpatialIDs, layer:int, size=None, objects=None)->np.ndarray:
-    "IDs at a layer (m, m, d) in float64, universal or of some objects."
+    "IDs at a layer (m, m, d) in float64, universal or of some objects. KeyError for what was not extracted."
     units, weights = self.units(layer, size, objects)
     return np.average(units, axis=0, weights=weights).reshape(self.table.shape[3:])
 
 @patch
 def axes(self:SpatialIDs, layer:int, size=None, objects=None)->np.ndarray:
-    "h and v at a layer (Eq. 5): (2, d)."
+    "h and v at a layer (Eq. 5): (2, d). KeyError for what was not extracted."
     return grid_axes(self.at(layer, size, objects), self.protocol)
 
 @patch
-def project(self:SpatialIDs, vectors:np.ndarray, layer:int, size=None)->np.ndarray:
-    "Coordinates (..., 2) of vectors (..., d) on the orthonormal basis of h and v."
+def project(
+    self:SpatialIDs,
+    vectors:np.ndarray, # (..., d)
+    layer:int,
+    size=None, # whose axes are taken; None: those over sizes
+)->np.ndarray: # (..., 2)
+    "Coordinates of vectors on the orthonormal basis of h and v. KeyError for a layer or size that was not extracted."
     return np.asarray(vectors, dtype=np.float64) @ orthonormal(self.axes(layer, size)).T
 
 # %% ../nbs/03_extraction.ipynb #ce65569b
@@ -403,7 +408,7 @@ def spread_of(
 def on_axes(
     units:np.ndarray, # (object, m², d)
     axes:np.ndarray, # (2, d), of some other IDs
-    weights:np.ndarray, # pairs behind each object
+    weights:np.ndarray, # (object,) pairs behind each
 )->dict: # {value, low, high, n}
     "Share of the variance of IDs in the plane of given axes, with an interval over objects."
     share = lambda whole, plane: {"share": np.nan_to_num(spread_of(plane) / spread_of(whole))}
@@ -500,7 +505,6 @@ def over_subsets(
     measure, # function of the names of some objects and of subsets of them, returning a number for each subset: (n,)
     names:list, # of the objects
     n:int, # objects in a subset
-    limit:int=300, # subsets
     seed:int=0,
     floor:float=-1.0, # smallest value of the measure, see `around`
 )->dict: # {value, low, high, n, subsets}; n = objects
@@ -508,16 +512,15 @@ def over_subsets(
 
     Without an object `measure` gets the names of the others, as if it had never been extracted; where n is all of
     them, the subset is all of the others."""
-    def mean(some): return np.mean(measure(some, choices(some, min(n, len(some)), limit, seed)))
+    def mean(some): return np.mean(measure(some, choices(some, min(n, len(some)), seed=seed)))
     others = [rest_of(names, [name]) for name in names]
-    return {**around([mean(names), *map(mean, others)], floor), "subsets": len(choices(names, n, limit, seed))}
+    return {**around([mean(names), *map(mean, others)], floor), "subsets": len(choices(names, n, seed=seed))}
 
 # %% ../nbs/03_extraction.ipynb #9589959a
 def disjoint_halves(
     names:list,
     pairs:list,
     gram:np.ndarray, # (cell, pair, pair)
-    limit:int=300,
     seed:int=0,
 )->dict: # {value, low, high, n}
     """Cosine of the IDs of one half of the objects with those of the other half, mean over halvings and cells.
@@ -527,7 +530,7 @@ def disjoint_halves(
     if len(names) < 4:
         raise ValueError(f"halves without a common object take at least four objects, not {len(names)}")
     def mean(some):
-        halves = choices(some, len(some) // 2, limit, seed)
+        halves = choices(some, len(some) // 2, seed=seed)
         rests = [rest_of(some, half) for half in halves]
         return subset_cosines(pair_weights(pairs, halves), pair_weights(pairs, rests), gram).mean()
     if len(names) == 4: return around([mean(names), *[np.nan] * 4])
@@ -674,7 +677,9 @@ class SceneIndex:
 
 # %% ../nbs/03_extraction.ipynb #5d00d3f4
 def grid_shape(scenes)->tuple[int, int]:
-    "Rows and columns of the grid of some scenes: a square that holds all cells, unless their source says otherwise."
+    """Rows and columns of the grid of some scenes: a square that holds all cells, unless their source says otherwise.
+
+    ValueError where there are no scenes."""
     m = 1 + max((max(*s.a_cell, *s.b_cell) for s in scenes), default=-1)
     if m < 2:
         raise ValueError("no scenes to extract from: give GridScenes with at least one pair")
@@ -1958,8 +1963,10 @@ def size_invariance(
     layer:int,
     size, # whose axes are taken
 )->dict[str, dict]: # drop, nearest_column: {value, low, high, n}
-    """Share of variance in the plane of one size less the mean share at the others, and the share of their IDs that lie
-    nearest to one of that size in the same column (mean over the other sizes). Intervals over objects."""
+    """How far the IDs depend on the size of the object, by the axes of one size. Intervals over objects.
+
+    `drop` is the share of variance in the plane at that size less the mean share at the others; `nearest_column` the
+    share of the others' IDs that lie nearest to one of that size in the same column (mean over the other sizes)."""
     others = [other for other in ids.sizes if other != size] or [size]
     plane = orthonormal(ids.axes(layer, size)).T
     units = [ids.units(layer, one)[0] for one in (size, *others)]

@@ -1030,10 +1030,9 @@ def searched(
 def swept_arms(
     base:Settings,
     layers:list, # that the IDs have
-    weights=(.3, 3., 10.), # w
 ) -> dict: # {name: Settings}
-    "The arm with the loss at other weights, and at other layers, measured at the end."
-    arms = {f"w = {w:g}": replace(base, weight=w, every=base.steps) for w in weights}
+    "The arm with the loss at other weights w, and at other layers, measured at the end."
+    arms = {f"w = {w:g}": replace(base, weight=w, every=base.steps) for w in (.3, 3., 10.)}
     other = [layer for layer in (1, 2, 4, 6) if layer in layers and layer != base.layer]
     return arms | {f"ℓ = {layer}": replace(base, layer=layer, every=base.steps) for layer in other}
 
@@ -1267,9 +1266,9 @@ def speed_gain(
     with_loss:dict, # arm, as `gathered`
     without:dict, # the same
     start:str, # name of the model that is trained
-    goal:float=.9, # accuracy
 ) -> dict: # value, low, high, n; not judged where the goal is reached before the training, or in no run
-    "How much earlier the goal is reached with the loss, as a share of the training."
+    "How much earlier the goal, nine answers in ten, is reached with the loss, as a share of the training."
+    goal = .9
     n, at_start = len(without["seeds"]), np.mean(without["all"], 0)[0]
     if at_start >= goal: return not_judged(f"{start} answers {at_start:.1%} right before any training", n)
     if np.max([with_loss["all"], without["all"]]) < goal: return not_judged(f"no run reaches {goal:.0%}", n)

@@ -753,8 +753,10 @@ def belief_figure(
     layer:int,
     group:str,
 ):
-    """Both pictures, the probability of the first answer in base, swapped and source run, and the shift of this pair
-    over the layers."""
+    """One pair: both pictures, how likely the first answer is, and the belief shift over the layers.
+
+    The probability is that of the base run, of the run with the rows of a group swapped at a layer, and of the source
+    run."""
     *pictures, bars, line = fig.subplots(1, 4, width_ratios=[1, 1, 1.1, 1.9])
     pair = {"base": base[scene], "source": source[scene]}
     plot_pictures(pictures, list(pair.values()), [f"{name}: {query.truth}" for name, query in pair.items()])

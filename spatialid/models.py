@@ -244,7 +244,9 @@ def checkpoints(
     out:str|Path, # folder of the training run
     every:int=200, # steps between checkpoints
 ) -> list: # entries of the training log whose weights were kept
-    "Checkpoints of a run, from the first stage with relations on. FileNotFoundError where there is no such run."
+    """Checkpoints of a run, from the first stage with relations on.
+
+    FileNotFoundError where there is no such run; ValueError for a name without a recipe, and for a model of videos."""
     if name not in RECIPES: raise ValueError(f"no recipe {name!r}; there are: {', '.join(RECIPES)}")
     if RECIPES[name].frames:
         raise ValueError(f"{name} watches videos, and Fig. 9 asks about pictures: take another organism")

@@ -865,7 +865,9 @@ def train(name:str, # a key of RECIPES
 EARLY = (.70, .85)
 
 def training_log(out:str|Path) -> list: # one entry per measurement: stage, step, loss, seconds, accuracies
-    "The log of a run, later entries replacing those of an interrupted attempt at the same step."
+    """The log of a run, later entries replacing those of an interrupted attempt at the same step.
+
+    FileNotFoundError where it has not begun."""
     path = Path(out) / "log.jsonl"
     if not path.is_file():
         raise FileNotFoundError(f"{str(path)!r} is not there: train the organism first (make organisms)")

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['GLYPHS', 'OBJECTS', 'COLOURS', 'MARGIN', 'PLACES', 'TIMES', 'Objects', 'own_colour', 'open_picture', 'paste', 'sheet',
            'noise_background', 'background', 'grid_pairs', 'each_with_another', 'GridScene', 'GridScenes', 'RingScene',
-           'RingScenes', 'Thing', 'relation', 'between', 'place', 'Scene', 'balanced', 'question_texts', 'FreeScenes',
-           'asked_of', 'height_and_depth']
+           'RingScenes', 'Thing', 'scene_place', 'relation', 'between', 'place', 'Scene', 'balanced', 'question_texts',
+           'FreeScenes', 'asked_of', 'height_and_depth']
 
 # %% ../nbs/01_data.ipynb #3c66032d
 import math
@@ -388,7 +388,7 @@ def _overlap(a, b):
     return shared(a.x, b.x) * shared(a.y, b.y) / min(a.size, b.size) ** 2
 
 # %% ../nbs/01_data.ipynb #12e0a37a
-def _place(g, horizon, name, colour, at=None, flat=False, sizes=(.18, .38)):
+def _place(g, horizon, name, colour, at=None, flat=False):
     """One object before the camera, or None where the draw does not fit the image.
 
     `at`: wanted image position; `flat`: at any height."""
@@ -402,7 +402,7 @@ def _place(g, horizon, name, colour, at=None, flat=False, sizes=(.18, .38)):
     elif air or flat: y = g.uniform(half, max(lowest, half + .01))
     else: y = lowest
     inside = half <= x <= 1 - half and half <= y <= 1 - half and y <= lowest + 1e-9
-    return Thing(name, colour, x, y, size, depth, air) if inside and sizes[0] <= size <= sizes[1] else None
+    return Thing(name, colour, x, y, size, depth, air) if inside and .18 <= size <= .38 else None
 
 def _layout(g, names, colours, flat=False, tries=40):
     "Horizon and things, far to near, little overlapped; in a fifth of the scenes the third is between the first two."
@@ -425,6 +425,12 @@ def _point_between(g, a, b):
     return [a.x * (1 - t) + b.x * t + aside[0], a.y * (1 - t) + b.y * t + aside[1]]
 
 # %% ../nbs/01_data.ipynb #fd5d58aa
+def scene_place(
+    thing:Thing,
+) -> tuple: # (column, row); whole numbers at the middle of a cell
+    "Where a thing is, in cells of a grid of four by four."
+    return 4 * thing.x - 0.5, 4 * thing.y - 0.5
+
 MARGIN = .12
 
 def relation(kind:str, # "left_right", "above_below", "front_behind", "near_far"
@@ -471,6 +477,11 @@ class Scene:
     horizon: float
     index: int
     source: object = field(repr=False)
+
+    def thing(self, name:str) -> Thing:
+        "The thing of a name. ValueError where there is none."
+        names = [thing.name for thing in self.things]
+        return self.things[names.index(name)]
 
     def backdrop(self) -> np.ndarray: # (px, px, 3) float32
         "The scene without its things."

@@ -259,7 +259,7 @@ def leave_one_out(
 
 # %% ../nbs/lib/stats.ipynb #c6c58d97
 def resample(
-    weights:np.ndarray, # pairs behind each object
+    weights:np.ndarray, # (object,) pairs behind each
     n_draws:int=1000,
     seed:int=0,
 )->np.ndarray: # (1 + n_draws, object), rows sum to 1; the first is all objects as they are
@@ -273,7 +273,7 @@ def resample(
 def with_interval(
     measure, # function of one stack of Gram matrices (n, m², m²) for each array of `units`, returning {name: (n,)}
     *units:np.ndarray, # (object, m², d) each
-    weights:np.ndarray, # pairs behind each object
+    weights:np.ndarray, # (object,) pairs behind each
     floor:float=-1.0, # smallest value of the measures, see `around`
 )->dict[str, dict]: # {name: {value, low, high, n}}; n is the number of objects
     "Measure the mean over objects, with an interval over the objects (`around`)."

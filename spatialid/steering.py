@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ARMS', 'DOSES', 'ARM_COLOURS', 'PUBLISHED', 'DOSE_COLUMNS', 'RING_PICTURES', 'UNREADABLE', 'NEITHER', 'APART',
-           'EFFECTS', 'KIND_AXES', 'ALL_CELLS', 'PATH_COLOURS', 'OBJECTS_ON_OBJECTS', 'PAPER_TABLE1', 'CHANCES',
+           'EFFECTS', 'SIDE', 'KIND_AXES', 'ALL_CELLS', 'PATH_COLOURS', 'OBJECTS_ON_OBJECTS', 'PAPER_TABLE1', 'CHANCES',
            'QuestionSource', 'show_question', 'plot_answers', 'masks_of_kinds', 'steered_answers', 'adversarial',
            'fig2_edits', 'draws_of_arms', 'readings', 'dose_edits', 'other_doses', 'dose_controls', 'fig2_dose_edits',
            'swaps_at_dose', 'dose_readings', 'zero_line', 'plot_swaps', 'listed_layers', 'plot_bars', 'plot_rules',
@@ -22,11 +22,11 @@ __all__ = ['ARMS', 'DOSES', 'ARM_COLOURS', 'PUBLISHED', 'DOSE_COLUMNS', 'RING_PI
            'direction_numbers', 'step_norms', 'plot_a16', 'arranged', 'question_about', 'near_far', 'in_between',
            'made_questions', 'plot_made', 'relation_pushes', 'relation_edits', 'implied_distances', 'relation_changes',
            'right_share', 'relation_numbers', 'relation_table', 'plot_relation', 'surrounded', 'ring_edits',
-           'ring_slopes', 'plot_ring', 'scene_place', 'movable_questions', 'redrawn', 'towards', 'path_names',
-           'move_edits', 'path_changes', 'outside_changes', 'beyond_steps', 'plot_path', 'AtWord', 'at_word',
-           'relation_words', 'ids_at_words', 'word_scenes', 'mean_of', 'table1_edits', 'table1_swaps', 'less_noise',
-           'table1_numbers', 'table1_text', 'id_strength', 'fig9_numbers', 'pad_figure', 'pad_odds', 'pad_queries',
-           'pad_scene', 'plot_pad', 'playground', 'claim_or_reason', 'fig6a_results', 'fig6b_results']
+           'ring_slopes', 'plot_ring', 'movable_questions', 'redrawn', 'towards', 'path_names', 'move_edits',
+           'path_changes', 'outside_changes', 'beyond_steps', 'plot_path', 'AtWord', 'at_word', 'relation_words',
+           'ids_at_words', 'word_scenes', 'mean_of', 'table1_edits', 'table1_swaps', 'less_noise', 'table1_numbers',
+           'table1_text', 'id_strength', 'fig9_numbers', 'pad_figure', 'pad_odds', 'pad_queries', 'pad_scene',
+           'plot_pad', 'playground', 'claim_or_reason', 'fig6a_results', 'fig6b_results']
 
 # %% ../nbs/04_steering.ipynb #0f513cbf
 import re
@@ -47,7 +47,7 @@ from .packing import can_share, together
 from .plots import plot_line, ticks
 from .query import Query
 from .questions import BENCHMARK_KINDS, LEFT_RIGHT, QUESTIONS, answers_right, questions
-from .scenes import COLOURS, FreeScenes, GridScenes, RingScenes, Scene, Thing, grid_pairs
+from .scenes import COLOURS, FreeScenes, GridScenes, RingScenes, Scene, Thing, grid_pairs, scene_place
 from .stats import (
     as_text, band_ends, bootstrap, markdown_table, newcombe, newcombe_paired, not_judged, number_table, rng, wilson)
 from .store import OKABE_ITO, style
@@ -1025,19 +1025,20 @@ def apart_edits(
     return edits
 
 # %% ../nbs/04_steering.ipynb #66400574
+SIDE = 4 # cells on a side of the grid of IDs
+
 def line_edits(
     ids:SpatialIDs,
     n:int, # queries
     alpha:float=5.0,
-    m:int=4, # cells on a side
 ) -> dict: # edits of `sweep`: "x0" to "x3", "y0" to "y3", and the same with " middle"
     "The subject pushed to each place of a line, from the opposite one: along the first row or column, or the middle."
     edits = {}
-    for name, across in (("", 0), (" middle", (m - 1) / 2)):
+    for name, across in (("", 0), (" middle", (SIDE - 1) / 2)):
         for axis in "xy":
-            cells = [(k, across) if axis == "x" else (across, k) for k in range(m)]
-            for k in range(m):
-                find = moves(ids, same_places(n, [cells[k]]), same_places(n, [cells[m - 1 - k]]))
+            cells = [(k, across) if axis == "x" else (across, k) for k in range(SIDE)]
+            for k in range(SIDE):
+                find = moves(ids, same_places(n, [cells[k]]), same_places(n, [cells[-1 - k]]))
                 edits[f"{axis}{k}{name}"] = "subject", pushing(find, alpha, "raw")
     return edits
 
@@ -1139,11 +1140,10 @@ def changes_along(
     s, # `Sweep` of `line_edits`
     axis:str, # "x", "y"
     middle:bool=False, # along the middle of the grid instead of its first row or column
-    m:int=4, # places
-) -> np.ndarray: # (L, B, m, 2)
+) -> np.ndarray: # (L, B, SIDE, 2)
     "Changes of the log-probabilities of both answers, for each place of the line."
     name = " middle" if middle else ""
-    return np.stack([change(s, f"{axis}{k}{name}") for k in range(m)], 2)
+    return np.stack([change(s, f"{axis}{k}{name}") for k in range(SIDE)], 2)
 
 # %% ../nbs/04_steering.ipynb #59892f90
 def answer_groups(
@@ -1295,11 +1295,10 @@ def direction_numbers(
 def step_norms(
     ids:SpatialIDs,
     layer:int,
-    m:int=4, # cells on a side
-) -> dict: # {"row", "column": m norms}
+) -> dict: # {"row", "column": SIDE norms}
     "Norm of the step across the grid in each row, and in each column."
-    rows = [float(np.linalg.norm(ids.step((0, k), (m - 1, k), layer))) for k in range(m)]
-    columns = [float(np.linalg.norm(ids.step((k, 0), (k, m - 1), layer))) for k in range(m)]
+    rows = [float(np.linalg.norm(ids.step((0, k), (SIDE - 1, k), layer))) for k in range(SIDE)]
+    columns = [float(np.linalg.norm(ids.step((k, 0), (k, SIDE - 1), layer))) for k in range(SIDE)]
     return {"row": rows, "column": columns}
 
 # %% ../nbs/04_steering.ipynb #584b4070
@@ -1340,15 +1339,15 @@ def arranged(
     index:int, # of the scene
     cells, # (column, row) of each thing
     seed:int, # of names and colours
-    m:int=4, # cells on a side
 ) -> Scene:
     "A scene of different things in given cells."
     g, names = rng(seed, "arranged", index), source.objects.names
     picked = [names[i] for i in g.choice(len(names), len(cells), replace=False)]
     colours = [list(COLOURS)[i] for i in g.integers(len(COLOURS), size=len(cells))]
     if source.objects.folder: colours = [None] * len(cells)
-    placed = zip(picked, colours, cells)
-    things = [Thing(name, colour, (x + 0.5) / m, (y + 0.5) / m, 0.9 / m, 2.0, True) for name, colour, (x, y) in placed]
+    things = []
+    for name, colour, (x, y) in zip(picked, colours, cells):
+        things.append(Thing(name, colour, (x + 0.5) / SIDE, (y + 0.5) / SIDE, 0.9 / SIDE, 2.0, True))
     return Scene(tuple(things), 0.3, index, source)
 
 def question_about(
@@ -1427,13 +1426,12 @@ def relation_edits(
     subjects:np.ndarray, # (B, 2) cells
     axis:int, # along which the subject moves: 0, 1
     alpha:float=5.0,
-    m:int=4, # cells on a side
 ) -> dict: # edits of `sweep`: "push/0" to "push/3"
     "The subject pushed to every cell of its row or column, by every push of `relation_pushes`."
     edits = {}
-    for k in range(m):
+    for k in range(SIDE):
         to, opposite = subjects.copy(), subjects.copy()
-        to[:, axis], opposite[:, axis] = k, m - 1 - k
+        to[:, axis], opposite[:, axis] = k, SIDE - 1 - k
         leave = {"opposite": opposite, "subject": subjects}
         for name, (origin, scale) in relation_pushes(alpha).items():
             find = moves(ids, to[:, None], leave[origin][:, None])
@@ -1444,18 +1442,16 @@ def relation_edits(
 def implied_distances(
     others:np.ndarray, # (B, 2) cells of the thing, or of the end of the line
     axis:int, # along which the subject moves
-    m:int=4, # cells on a side
-) -> np.ndarray: # (B, m)
+) -> np.ndarray: # (B, SIDE)
     "How far from the other thing each target cell is along the axis."
-    return np.abs(np.arange(m) - others[:, axis, None])
+    return np.abs(np.arange(SIDE) - others[:, axis, None])
 
 def relation_changes(
     s, # `Sweep` of `relation_edits`
     push:str, # of `relation_pushes`
-    m:int=4, # cells on a side
-) -> np.ndarray: # (L, B, m, 2)
+) -> np.ndarray: # (L, B, SIDE, 2)
     "Changes of the log-probabilities of both answers, for every target."
-    return np.stack([change(s, f"{push}/{k}") for k in range(m)], -2)
+    return np.stack([change(s, f"{push}/{k}") for k in range(SIDE)], -2)
 
 # %% ../nbs/04_steering.ipynb #38208605
 def right_share(
@@ -1468,7 +1464,7 @@ def right_share(
 def relation_numbers(
     s, # `Sweep` of `relation_edits`
     push:str, # of `relation_pushes`
-    implied:np.ndarray, # (B, m)
+    implied:np.ndarray, # (B, SIDE)
     words, # both answers
     layer:int,
     sign:int=1, # −1: the second answer is that of small distances
@@ -1497,7 +1493,7 @@ def relation_table(
 
 # %% ../nbs/04_steering.ipynb #54f87eca
 def _plot_implied(ax, values, implied, words, seed):
-    "Changes of both answers against what the targets imply: values (B, m, 2), implied (B, m)."
+    "Changes of both answers against what the targets imply: values (B, SIDE, 2), implied (B, SIDE)."
     for k, (word, colour) in enumerate(zip(words, (OKABE_ITO[0], OKABE_ITO[3]))):
         at = {distance: values[implied == distance][:, k] for distance in range(implied.shape[1])}
         found = {distance: bootstrap(v, seed=seed) for distance, v in at.items() if len(v)}
@@ -1519,7 +1515,7 @@ def _plot_relation_slopes(ax, numbers, layers):
 @style()
 def plot_relation(
     s, # `Sweep` of `relation_edits`
-    implied:np.ndarray, # (B, m)
+    implied:np.ndarray, # (B, SIDE)
     words, # both answers
     numbers:dict, # {push: of `relation_numbers`}; the changes drawn are those of the second
     layer:int,
@@ -1607,13 +1603,6 @@ def plot_ring(
     return fig
 
 # %% ../nbs/04_steering.ipynb #90c0f18c
-def scene_place(
-    thing:Thing,
-    m:int=4, # cells on a side
-) -> tuple: # (column, row); whole numbers at the middle of a cell
-    "Where a thing is, in cells."
-    return m * thing.x - 0.5, m * thing.y - 0.5
-
 def movable_questions(
     source:QuestionSource,
     n:int,
@@ -1624,11 +1613,10 @@ def movable_questions(
         if len(queries) == n: break
         query = scene.ask("left_right", rng(source.seed, "question", scene.index))
         if not query: continue
-        subject = next(thing for thing in scene.things if thing.name == query.words["subject"])
         scenes.append(scene)
         template = kind.wording(source.instruction)
         queries.append(replace(query, image=scene.image(), template=template, answers=kind.answers))
-        places.append([scene_place(subject)])
+        places.append([scene_place(scene.thing(query.words["subject"]))])
     return scenes, queries, np.array(places)
 
 # %% ../nbs/04_steering.ipynb #7a57b422
@@ -1677,7 +1665,7 @@ def path_changes(
     scenes:list,
     queries:list, # about the scenes
     places:np.ndarray, # (B, 1, 2) of the subjects
-    columns:np.ndarray, # K of them, inside the picture
+    columns:np.ndarray, # (K,), inside the picture
     layer:int,
     alpha:float=5.0,
 ) -> dict: # {"real picture", "real rows", names of `path_names`: (B, K)}
@@ -1698,7 +1686,7 @@ def outside_changes(
     ids:SpatialIDs,
     queries:list,
     places:np.ndarray, # (B, 1, 2) of the subjects
-    columns:np.ndarray, # K of them, outside the picture
+    columns:np.ndarray, # (K,), outside the picture
     layer:int,
     alpha:float=5.0,
 ) -> dict: # {name of `path_names`: (B, K)}
@@ -1733,9 +1721,9 @@ def _with_ends(inside, outside): # (B, K), (B, 4) -> (B, K + 4)
 @style()
 def plot_path(
     path:dict, # {name: (B, K)} of `path_changes`
-    inside:np.ndarray, # K columns
+    inside:np.ndarray, # (K,) columns
     path_outside:dict, # {name: (B, 4)} of `outside_changes`
-    outside:np.ndarray, # 4 columns, two on either side
+    outside:np.ndarray, # (4,) columns, two on either side
     layer:int,
     seed:int=0, # of the bootstrap
 ):
@@ -1928,15 +1916,14 @@ def pad_figure(
     log_odds:np.ndarray, # (L,) of the second answer
     before:float, # the same without steering
     layers:list,
-    m:int=4,
 ):
     "One frame: the picture with the believed place, the probability of the second answer by layer of the push."
     w, h = query.image.size
-    for k in range(1, m):
-        picture.axvline(k * w / m - 0.5, color="w", linewidth=0.6, alpha=0.7)
-        picture.axhline(k * h / m - 0.5, color="w", linewidth=0.6, alpha=0.7)
+    for k in range(1, SIDE):
+        picture.axvline(k * w / SIDE - 0.5, color="w", linewidth=0.6, alpha=0.7)
+        picture.axhline(k * h / SIDE - 0.5, color="w", linewidth=0.6, alpha=0.7)
     picture.imshow(query.image)
-    x, y = (cell[0] + 0.5) * w / m, (cell[1] + 0.5) * h / m
+    x, y = (cell[0] + 0.5) * w / SIDE, (cell[1] + 0.5) * h / SIDE
     picture.scatter(x, y, s=160, marker="o", facecolor="none", edgecolor=OKABE_ITO[6], linewidth=2.5)
     picture.set(xticks=[], yticks=[], title=f"{query.words['subject']} at {tuple(cell)}")
     line.axhline(before, color="0.5", linestyle="--", linewidth=1)

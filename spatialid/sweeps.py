@@ -824,11 +824,10 @@ def layers_near(
     layers:list, # that are swept
     n_layers:int, # N
     chosen:int,
-    around:int=2,
 ) -> list: # of `layers`, in order
     """The swept layers of the middle third and around a chosen one; all of them up to twelve blocks."""
     middle = middle_third(n_layers)
-    return [l for l in layers if n_layers <= 12 or l in middle or abs(l - chosen) <= around]
+    return [l for l in layers if n_layers <= 12 or l in middle or abs(l - chosen) <= 2]
 
 def at_every_layer(
     values:np.ndarray, # (L, ...)

@@ -42,7 +42,8 @@ from .hooks import VLM
 from .organisms import BUILDERS, WHERE, Recipe, Stage, build, train, training_log
 from .query import Query
 from .questions import LEFT_RIGHT, questions
-from .scenes import OBJECTS, FreeScenes, GridScene, GridScenes, Objects, each_with_another, grid_pairs
+from .scenes import (
+    OBJECTS, FreeScenes, GridScene, GridScenes, Objects, each_with_another, grid_pairs, scene_place)
 from .stats import as_text, bootstrap, markdown_table, not_judged, over_seeds, rng, wilson, with_interval
 from .plots import dot, plot_line, ticks
 from .ceiling import efficiency, mirror_swaps, swapped
@@ -162,7 +163,7 @@ def null_statistics(
 def explained(
     units:np.ndarray, # (object, m², d) IDs of each object
     x:np.ndarray, # (m², d') encoding of the cells
-    weights:np.ndarray, # pairs behind each object
+    weights:np.ndarray, # (object,) pairs behind each
     fit=low_rank, # or `left_out`
     n_null:int=1000, # permutations
     seed:int=0,
@@ -300,8 +301,8 @@ class Tiles(Objects):
 
 class TileScenes(GridScenes):
     "Grid scenes of patterns on black, each thing beside the one before it."
-    def __init__(self, names, m=4):
-        super().__init__(each_with_another(names), sizes=(224,), m=m, px=8 * m, background="black")
+    def __init__(self, names):
+        super().__init__(each_with_another(names), sizes=(224,), px=32, background="black")
         self.objects = Tiles(names)
 
     def everywhere(self, references)->list: # of `GridScene`
@@ -690,7 +691,7 @@ PAPER_TABLE_2 = { # R² of rank 2 and of rank 3
 
 def table_2(
     units:np.ndarray, # (object, 16, d) IDs of each object
-    weights:np.ndarray, # pairs behind each object
+    weights:np.ndarray, # (object,) pairs behind each
     inputs:dict, # {name: (16, d')} encodings of the cells
     n_draws:int=1000, # permutations; of RRR for cells left out, which is slow, a fifth
     seed:int=0,
@@ -806,7 +807,7 @@ def geometric_inputs()->dict: # {name: (16, k)}
 
 def geometry_r2(
     units:np.ndarray, # (object, 16, d) IDs of each object
-    weights:np.ndarray, # pairs behind each object
+    weights:np.ndarray, # (object,) pairs behind each
     **draws, # n_null, seed of `explained`
 )->dict: # {name: {"in sample", "left out": {value, low, high, n, null_mean, null_high, p}}}
     "R² of the IDs on column and row and their products, all of them used."
@@ -1025,6 +1026,9 @@ class Written:
     means: dict # {object: [`Means`, …]}, one for each pair it is in
     error: float # largest |received + written − handed on|, of the largest entry
 
+    @property
+    def cells_on_side(self)->int: return self.mlps.table.shape[-2] # m
+
 # %% ../nbs/09_theory.ipynb #2a53a32a
 class _Sums:
     "Running sums of what is written, over the batches of some scenes."
@@ -1104,10 +1108,10 @@ def _attended(block, pattern, value): # pattern (H, T), value (m², T, ·) -> (m
     "What all heads add to a row through one pattern of attention in all cells."
     return _plain(by_head(block, pattern[None].expand(len(value), -1, -1), value).sum(1))
 
-def from_weights(vlm:VLM, parts:Written, m:int=4)->np.ndarray: # (L, m², d)
+def from_weights(vlm:VLM, parts:Written)->np.ndarray: # (L, m², d)
     "What Eq. 7 predicts for each cell after each block: weights, one mean attention per head, the positional basis."
     at_word = [means.scales["behind"][:, :, -1] for means in chain.from_iterable(parts.means.values())]
-    predicted = []
+    predicted, m = [], parts.cells_on_side
     for block, basis, attended, scale in zip(vlm.blocks, parts.basis, parts.attention, _scale(*sum(at_word))):
         value = _positions(block, basis, m)
         predicted.append(_attended(block, torch.as_tensor(attended).to(value)[:, None], value) * scale)
@@ -1129,10 +1133,11 @@ def _composed_once(vlm, means, basis, m): # (L, m², d)
         at_word.append(rows[:, -1])
     return np.stack(at_word)
 
-def composed(vlm:VLM, parts:Written, name:str, m:int=4)->np.ndarray: # (L, m², d)
+def composed(vlm:VLM, parts:Written, name:str)->np.ndarray: # (L, m², d)
     """Eq. 7 composed over blocks and over the tokens up to a word of this name (§E.1).
 
     The prediction at the word after each block."""
+    m = parts.cells_on_side
     return np.mean([_composed_once(vlm, means, parts.basis, m) for means in parts.means[name]], 0)
 
 # %% ../nbs/09_theory.ipynb #85f043c3
@@ -1156,7 +1161,7 @@ def agreement(
 def compared(
     predicted:np.ndarray, # (object, m², d), or (m², d) for all objects
     units:np.ndarray, # (object, m², d) extracted
-    weights:np.ndarray, # pairs behind each object
+    weights:np.ndarray, # (object,) pairs behind each
     n_draws:int=1000, # permutations of the predicted cells
     seed:int=0,
 )->dict: # {"cosine", "share"}: {value, low, high, n, null_mean, null_high, p}
@@ -1170,8 +1175,8 @@ def compared(
     return {name: {**of, **null_statistics(of["value"], nulls[name])} for name, of in measures.items()}
 
 # %% ../nbs/09_theory.ipynb #5a86a3d9
-def centred(ids:np.ndarray)->np.ndarray:
-    "IDs (..., cells, d) less their mean over cells."
+def centred(ids:np.ndarray)->np.ndarray: # (..., cells, d), the same
+    "IDs less their mean over cells."
     return ids - ids.mean(-2, keepdims=True)
 
 def planted_parts_errors(
@@ -1390,10 +1395,7 @@ def read_out_questions(
 
 def places_of(pairs)->dict: # {"subject", "object"}: (B, 2)
     "Column and row of the two words of each question, in cells of the grid (from 0, between cells too)."
-    def place(scene, name):
-        thing = next(t for t in scene.things if t.name == name)
-        return 4 * thing.x - 0.5, 4 * thing.y - 0.5
-    places = lambda word: np.array([place(scene, query.words[word]) for scene, query in pairs])
+    def places(word): return np.array([scene_place(scene.thing(query.words[word])) for scene, query in pairs])
     return {word: places(word) for word in ("subject", "object")}
 
 def middle_layers(n_layers:int, best:int)->list:

@@ -73,7 +73,7 @@ def copy_of(
     model:str, # as for `config_of`
     folder:Path, # is filled
 ) -> int: # blocks it has
-    "A model of random weights with the config and the processor of another, in a folder."
+    "A model of random weights with the config and the processor of another. UsageError where it has no processor."
     plan, (_, source) = blueprint(model), config_of(model)
     if plan.processor is None: raise UsageError(f"{model} has no processor here: give its folder, or a Hub id")
     _, free, _ = room()

@@ -429,7 +429,6 @@ def test_flat_curves_have_no_pairing():
     nothing = {"value": None, "low": None, "high": None, "n": 0}
     assert found["pairing"] == nothing and [*found["pairings"].values()] == [nothing] * 2
     assert dp.over_pictures(np.array([[1., 2], [np.nan, 0]]))["value"] == [1, 2]
-    assert np.isnan(dp.as_line([found["pairing"], {"value": 1, "low": 0, "high": 2}])["low"]).tolist() == [True, False]
 
 
 def test_specificity_of_made_pushes():

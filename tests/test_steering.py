@@ -1275,6 +1275,10 @@ def test_a_line_takes_estimates_or_an_estimate_of_arrays():
     plot_line(ax, [1, 2], found)
     plot_line(ax, [1, 2], [found[0], found[1]])
     assert np.allclose(ax.lines[0].get_ydata(), ax.lines[1].get_ydata()) and len(ax.collections) == 2
+    gap = plot_line(ax, [1, 2], [found[0], {"value": None, "low": None, "high": None, "n": 0}])
+    assert np.isnan(gap.get_ydata()).tolist() == [False, True], "a line with a gap"
+    plot_line(ax, [1], [{"value": 1, "low": None, "high": None, "n": 1}])
+    assert len(ax.lines) == 4 and len(ax.collections) == 3, "no band without an interval"
 
 
 # --- the results
