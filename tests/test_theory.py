@@ -503,11 +503,17 @@ def assert_parts_add_up(parts, ids):
 
 
 @pytest.fixture(scope="module")
-def split():
-    "A random model, its IDs, and their parts."
+def untrained():
+    "A random model, scenes, and its IDs."
     vlm = organism_of("llava", dict(patch=4))
     scenes = subsample(GridScenes(grid_pairs(2), sizes=(224,), px=32), 2)
-    ids = extract(vlm, scenes, TEMPLATE, progress=False)
+    return vlm, scenes, extract(vlm, scenes, TEMPLATE, progress=False)
+
+
+@pytest.fixture(scope="module")
+def split(untrained):
+    "A random model, its IDs, and their parts."
+    vlm, scenes, ids = untrained
     return vlm, ids, th.decompose(vlm, scenes, ids.at(2), TEMPLATE)
 
 
@@ -745,11 +751,9 @@ def test_a_linear_read_out_is_recovered_and_noise_is_not():
 # --- pushes
 
 @pytest.fixture(scope="module")
-def pushed():
+def pushed(untrained):
     "A random model, IDs of it, twelve questions, and what pushing their words changes."
-    vlm = organism_of("llava", dict(patch=4))
-    scenes = subsample(GridScenes(grid_pairs(2), sizes=(224,), px=32), 2)
-    ids = extract(vlm, scenes, TEMPLATE, progress=False)
+    vlm, _, ids = untrained
     pairs = th.read_out_questions(12, px=32)
     return vlm, ids, pairs, th.push_everywhere(vlm, ids, pairs, 2, [1, 2])
 
