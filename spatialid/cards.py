@@ -8,8 +8,8 @@ __all__ = ['SIDE', 'GRIDS', 'PROMPTS', 'FUNCTION', 'NUMBERS', 'PARAGRAPH', 'BOOT
            'reworded', 'wordings', 'crops', 'photographs', 'on_photographs', 'in_grid', 'grids', 'content', 'gist',
            'replies', 'surprise', 'perplexity', 'speech', 'beyond', 'size_of', 'training_of', 'measure', 'card',
            'title', 'table', 'percent', 'questions_text', 'further_text', 'stage_text', 'origin_text', 'introduction',
-           'shortfall', 'measured_text', 'data_text', 'recipe_text', 'beyond_shares', 'first_noun_text', 'verdict',
-           'speech_text', 'beyond_text', 'card_text', 'main']
+           'shortfall', 'measured_text', 'data_text', 'recipe_text', 'order_of', 'beyond_shares', 'first_noun_text',
+           'verdict', 'speech_text', 'beyond_text', 'card_text', 'main']
 
 # %% ../nbs/lib/cards.ipynb #0cd5411f
 import argparse
@@ -515,10 +515,15 @@ def recipe_text(c:dict) -> str:
     return "\n\n".join([head, "\n".join(stages), *notes, *c.get("notes", [])])
 
 # %% ../nbs/lib/cards.ipynb #0da21fee
+def order_of(text:str) -> str:
+    "Which noun a left/right question begins with; 'usual' for the question of the training."
+    if text == LEFT_RIGHT: return "usual"
+    return "object first" if object_first(text) else "subject first"
+
+
 def beyond_shares(b:dict) -> dict: # what -> value, low, high, n
     "What was measured of left/right beyond the training."
-    order = lambda text: "usual" if text == LEFT_RIGHT else "object first" if object_first(text) else "subject first"
-    worded = {f"\"{text}\" ({order(text)})": share for text, share in b.get("wordings", {}).items()}
+    worded = {f"\"{text}\" ({order_of(text)})": share for text, share in b.get("wordings", {}).items()}
     photos = {f"before {p['what']}": p for p in [b.get("photographs", {})] if "n" in p}
     return worded | photos | {f"grid of {name}": share for name, share in b.get("grids", {}).items()}
 
@@ -534,7 +539,8 @@ def first_noun_text(shares:dict) -> list: # of at most one sentence
 
 def verdict(share:dict, above:str, below:str, between:str) -> str:
     "Words for a share whose interval is above one half, below it, or on both sides."
-    return above if share["low"] > .5 else below if share["high"] < .5 else between
+    if share["low"] > .5: return above
+    return below if share["high"] < .5 else between
 
 
 def speech_text(s:dict) -> list: # of sentences

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['OPS', 'VERDICTS', 'WEAKEST', 'WIDTH', 'SIGNS', 'notebooks_dir', 'register', 'verdict', 'judge', 'report', 'claims',
-           'own_claims', 'counted_verdicts', 'counted', 'claims_text', 'claim_text', 'claims_markdown',
-           'register_markdown', 'claims_table', 'bar', 'side_by_side']
+           'own_claims', 'counted_verdicts', 'claims_text', 'claim_text', 'claims_markdown', 'register_markdown',
+           'claims_table', 'bar', 'side_by_side']
 
 # %% ../nbs/lib/claims.ipynb #c5aab296
 import json
@@ -106,10 +106,15 @@ def report(
         numbers = [_at(results, key) for key in keys]
         if keys in lines or not all(isinstance(number, dict) for number in numbers): continue # left out
         number, said, why = _decide(numbers, entry["rule"])
-        found = why if said == "not judged" else _estimate(number, entry["unit"]) + (f" ({why})" if why else "")
+        found = _found_words(number, said, why, entry["unit"])
         lines[keys] = [entry["id"], entry["claim"], found, f"{VERDICTS[said]} {said}"]
     if not lines: raise KeyError(f"no claim of {notebooks_dir()/'claims.json'} is measured by {notebook!r} here")
     return markdown_table(["id", "claim", "found", "verdict"], [*lines.values()])
+
+def _found_words(number, said, why, unit):
+    "A number as text with what else decided its verdict; the reason alone where it is not judged."
+    if said == "not judged": return why
+    return _estimate(number, unit) + (f" ({why})" if why else "")
 
 def _estimate(number, unit):
     "A number as text: value, interval, n, what was resampled."
@@ -118,7 +123,8 @@ def _estimate(number, unit):
 
 def _number(x):
     "A number in at most six characters."
-    return "–" if x is None else f"{x:,.0f}" if abs(x) >= 100 else f"{x:.2f}"
+    if x is None: return "–"
+    return f"{x:,.0f}" if abs(x) >= 100 else f"{x:.2f}"
 
 def _at(results, key):
     "The number under a dotted key of results, None if it is not there."
@@ -200,14 +206,13 @@ def counted_verdicts(
     count = Counter(row["verdict"] for row in rows)
     return f"{count['holds']} hold, {count['fails']} fail, {count['undecided']} undecided"
 
-def counted(
-    rows:list, # from `claims`
-) -> str:
-    """How many claims have each verdict, and on which models they were measured."""
+def _every_verdict(rows):
+    "How many claims have each verdict, and on which models they were measured: rows from `claims`."
     count = Counter(row["verdict"] for row in rows)
-    of = Counter(row["model"] for row in rows if row["value"] is not None)
+    models = Counter(row["model"] for row in rows if row["value"] is not None)
     counts = ", ".join(f"{count[name]} {name}" for name in (*VERDICTS, "not yet run"))
-    return counts + (f" (measured on {', '.join(f'{m}: {n}' for m, n in of.most_common())})" if of else "")
+    measured = ", ".join(f"{model}: {n}" for model, n in models.most_common())
+    return f"{counts} (measured on {measured})" if measured else counts
 
 WIDTH = 100 # of a terminal
 
@@ -221,7 +226,8 @@ def claims_text(
         first, *more = textwrap.wrap(row["claim"], 53)
         lines.append(line(row["id"], first, row["brief"], _number(row["value"]), row["verdict"]))
         lines += [line("", rest, "", "", "") for rest in more]
-    return "\n".join([*lines, "", *textwrap.wrap(counted(rows), WIDTH), "All about one of them: spatialid claims ID"])
+    counts = textwrap.wrap(_every_verdict(rows), WIDTH)
+    return "\n".join([*lines, "", *counts, "All about one of them: spatialid claims ID"])
 
 # %% ../nbs/lib/claims.ipynb #68d7b6df
 def claim_text(

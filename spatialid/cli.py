@@ -40,18 +40,9 @@ def _parser():
     _add_run(add)
     _add_reproduce(add)
     _add_batch(add)
-    claims = add("claims", "Compare the results with the paper's claims", "spatialid claims fig2.id --model llava-tiny")
-    claims.add_argument("id", nargs="?", help="one claim: all about it (default: a table of all)")
-    claims.add_argument("--model", default=FLAGSHIP, help="whose results (default: %(default)s)")
-    claims.add_argument("--quick", action="store_true", help="what runs in short have found, where there are any")
-    form = claims.add_mutually_exclusive_group()
-    form.add_argument("--json", action="store_true", help="a list of objects for programs")
-    form.add_argument("--markdown", action="store_true", help="a Markdown table")
+    _add_claims(add)
     _add_validate(add)
-    diff = add("diff", "Say which numbers of the results moved beyond their interval since a commit", "spatialid diff")
-    diff.add_argument("before", nargs="?", default="HEAD",
-                      help="a commit, or a folder of results (default: %(default)s)")
-    diff.add_argument("--all", action="store_true", help="every number that changed, within its interval too")
+    _add_diff(add)
     add("models", "List the bundled models, the families and the paper's models", "spatialid models")
     _add_benchmark(add)
     return parser
@@ -114,6 +105,23 @@ def _add_batch(add):
     batch.add_argument("-o", dest="options", action="append", default=[], metavar="NAME=VALUE",
                        help="an option of the batch system in dask-jobqueue; may be repeated")
     batch.add_argument("--full", action="store_true", help=FULL)
+
+def _add_claims(add):
+    "The arguments of `spatialid claims`."
+    claims = add("claims", "Compare the results with the paper's claims", "spatialid claims fig2.id --model llava-tiny")
+    claims.add_argument("id", nargs="?", help="one claim: all about it (default: a table of all)")
+    claims.add_argument("--model", default=FLAGSHIP, help="whose results (default: %(default)s)")
+    claims.add_argument("--quick", action="store_true", help="what runs in short have found, where there are any")
+    form = claims.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="a list of objects for programs")
+    form.add_argument("--markdown", action="store_true", help="a Markdown table")
+
+def _add_diff(add):
+    "The arguments of `spatialid diff`."
+    diff = add("diff", "Say which numbers of the results moved beyond their interval since a commit", "spatialid diff")
+    diff.add_argument("before", nargs="?", default="HEAD",
+                      help="a commit, or a folder of results (default: %(default)s)")
+    diff.add_argument("--all", action="store_true", help="every number that changed, within its interval too")
 
 def _add_benchmark(add):
     "The arguments of `spatialid benchmark`."

@@ -8,17 +8,17 @@ __all__ = ['COMPARED', 'WORDS', 'GENERATED', 'DEPTHS', 'HEIGHTS', 'SIDES', 'PAIR
            'trained_on_flat', 'training_kind', 'plot_pairs', 'correlation', 'height_and_depth', 'height_depth_numbers',
            'plot_height_depth', 'spellings', 'Continued', 'along_strings', 'answer_strings', 'together', 'answer_sweep',
            'in_use', 'spelling_shares', 'likelier_answers', 'depth_accuracy', 'depth_at_chance', 'scoring_difference',
-           'along', 'on_side', 'permuted_ids', 'push_edits', 'DepthScene', 'depth_scenes', 'each_with_another',
-           'plot_depth_scenes', 'random_axes', 'step_pushes', 'all_pushes', 'Pushed', 'push_both', 'correlations',
-           'pairing', 'over_pictures', 'both_pairings', 'arms_of', 'fig7a_numbers', 'speaks_for', 'fig7a_table',
-           'draw_zero', 'draw_curves', 'draw_matrix', 'plot_fig7a', 'numbers_by_layer', 'as_line', 'draw_line',
-           'draw_slopes', 'draw_pairings', 'plot_fig7a_layers', 'ratio_of_means', 'depth_over_height', 'depth_sizes',
-           'cross_slopes', 'cross_table', 'object_pairs', 'cosine_matrix', 'overlap', 'centrings', 'mean_cosines',
-           'word_matrices', 'share_in_plane', 'coefficient_table', 'permuted_planes', 'closer_overlap', 'word_overlaps',
-           'axis_numbers', 'axis_table', 'scatter', 'word_distances', 'draw_words', 'draw_unrelated',
-           'draw_axes_of_words', 'plot_fig7b', 'depth_statistics', 'depth_null', 'depth_geometry', 'IDSet', 'id_sets',
-           'specificity', 'specificity_text', 'draw_geometry', 'draw_specificity', 'plot_depth_ids', 'depth_summary',
-           'beside', 'commands_for', 'draw_compared', 'plot_compared', 'compared_table', 'tangled_claim']
+           'along', 'on_side', 'permuted_ids', 'push_edits', 'DepthScene', 'depth_scenes', 'plot_depth_scenes',
+           'random_axes', 'step_pushes', 'all_pushes', 'Pushed', 'push_both', 'correlations', 'pairing',
+           'over_pictures', 'both_pairings', 'arms_of', 'fig7a_numbers', 'speaks_for', 'fig7a_table', 'draw_zero',
+           'draw_curves', 'draw_matrix', 'plot_fig7a', 'numbers_by_layer', 'draw_slopes', 'draw_pairings',
+           'plot_fig7a_layers', 'ratio_of_means', 'depth_over_height', 'depth_sizes', 'cross_slopes', 'cross_table',
+           'object_pairs', 'cosine_matrix', 'overlap', 'centrings', 'mean_cosines', 'word_matrices', 'share_in_plane',
+           'coefficient_table', 'permuted_planes', 'closer_overlap', 'word_overlaps', 'axis_numbers', 'axis_table',
+           'scatter', 'word_distances', 'draw_words', 'draw_unrelated', 'draw_axes_of_words', 'plot_fig7b',
+           'depth_statistics', 'depth_null', 'depth_geometry', 'IDSet', 'id_sets', 'specificity', 'specificity_text',
+           'draw_geometry', 'draw_specificity', 'plot_depth_ids', 'depth_summary', 'beside', 'commands_for',
+           'draw_compared', 'plot_compared', 'compared_table', 'tangled_claim']
 
 # %% ../nbs/05_depth.ipynb #0ec7125b
 import json
@@ -32,9 +32,9 @@ import torch
 
 from .benchmarks import Benchmark
 from .edits import gaussian, moves, pushing
-from .extraction import SpatialIDs, grid_axes, grid_design, orthonormal, plot_ids, within_question
+from .extraction import SpatialIDs, grid_axes, grid_design, null_of, orthonormal, plot_ids, within_question
 from .hooks import VLM
-from .plots import ticks
+from .plots import plot_line, ticks
 from .query import Query
 from .questions import FRONT_BEHIND, QUESTIONS
 from .scenes import COLOURS, OBJECTS, FreeScenes, Scene, Thing, relation
@@ -566,12 +566,6 @@ def depth_scenes(
             found += [(a, b, cells[k], cell) for cell in cells]
     return [DepthScene(*what, i, source) for i, what in enumerate(found)]
 
-def each_with_another(
-    names:list,
-) -> list: # (reference, object): every name once as either
-    "Pairs of a reference and an object, each name beside the one before it."
-    return [(names[i - 1], name) for i, name in enumerate(names)]
-
 @style()
 def plot_depth_scenes(
     scenes:list, # of `DepthScene`
@@ -707,7 +701,7 @@ def over_pictures(
 ) -> dict: # {value, low, high, n}
     "Mean over questions with its interval, those with a flat curve (not finite) left out."
     kept = values[np.isfinite(values).reshape(len(values), -1).all(1)]
-    return bootstrap(kept, seed=seed) if len(kept) else {"value": None, "low": None, "high": None, "n": 0}
+    return bootstrap(kept, seed=seed) if len(kept) else Estimate(None)
 
 def both_pairings(
     r:np.ndarray, # (n, 4, 4) correlations of above, below, front, behind
@@ -837,34 +831,21 @@ def numbers_by_layer(
     r = np.mean([correlations(pushed.curves(arm)) for arm in arms], axis=0)
     return {"slopes": slopes, "pairing": [over_pictures(v, seed) for v in pairing(r)]}
 
-def as_line(
-    numbers:list, # of {value, low, high}; None where there is none
-) -> dict: # {value, low, high}: lists
-    "Numbers of single layers as one line, with gaps."
-    line = {}
-    for key in ("value", "low", "high"): line[key] = [np.nan if found[key] is None else found[key] for found in numbers]
-    return line
-
-def draw_line(ax, layers:list, found:dict, **look): # found {value, low, high}: (L,)
-    "A number with its interval at every layer."
-    line, = ax.plot(layers, found["value"], marker="o", markersize=4, **look)
-    ax.fill_between(layers, found["low"], found["high"], color=line.get_color(), alpha=0.15, linewidth=0)
-
 # %% ../nbs/05_depth.ipynb #074b2863
 PAIRED_ARMS = dict(zip(("height", "random axis", "one step", "random step"), # drawn, with their colours
                        (OKABE_ITO[0], OKABE_ITO[5], OKABE_ITO[3], OKABE_ITO[1])))
 
 def draw_slopes(ax, layers:list, slopes:dict):
     "Slopes of both questions at every layer."
-    draw_line(ax, layers, slopes["height"], color=OKABE_ITO[0], label="below against above")
-    draw_line(ax, layers, slopes["depth"], color=OKABE_ITO[3], label="front against behind")
+    plot_line(ax, layers, slopes["height"], color=OKABE_ITO[0], label="below against above")
+    plot_line(ax, layers, slopes["depth"], color=OKABE_ITO[3], label="front against behind")
     draw_zero(ax)
     ax.set(xticks=ticks(layers), xlabel="layer ℓ")
 
 def draw_pairings(ax, layers:list, numbers:dict, alpha:float):
     "The balance of the pairings at every layer, of the vertical IDs and of random axes as far."
     for arm, colour in PAIRED_ARMS.items():
-        draw_line(ax, layers, as_line(numbers[arm]["pairing"]), color=colour, label=TITLES[arm].format(alpha))
+        plot_line(ax, layers, numbers[arm]["pairing"], color=colour, label=TITLES[arm].format(alpha))
     draw_zero(ax)
     ax.set(xticks=ticks(layers), xlabel="layer ℓ", ylabel="balance of the pairings", ylim=(-1.05, 1.05))
     ax.set_title("+1: above–front, −1: above–behind", fontsize=9)
@@ -1180,9 +1161,7 @@ def depth_null(
 # %% ../nbs/05_depth.ipynb #8661376f
 def _with_null(number, draws):
     "A number with the mean and 95 % quantile of the size of its null, and the share of draws at least as large."
-    draws, value = np.abs(draws), abs(number["value"])
-    p = (1 + int((draws >= value).sum())) / (1 + len(draws))
-    return {**number, "null_mean": float(draws.mean()), "null_high": float(np.quantile(draws, 0.95)), "p": p}
+    return {**number, **null_of(np.abs(draws), abs(number["value"]))}
 
 def depth_geometry(
     depth_ids:SpatialIDs,
@@ -1197,7 +1176,7 @@ def depth_geometry(
     units, weights = depth_ids.units(layer)
     side, hv = depth_ids.table.shape[3], ids.axes(layer)
     def beside(x): return np.concatenate([x, np.broadcast_to(hv, (*x.shape[:-2], *hv.shape))], -2)
-    found = with_interval(depth_statistics, beside(units), weights=weights, seed=seed)
+    found = with_interval(depth_statistics, beside(units), weights=weights)
     permuted = beside(depth_null(depth_ids.at(layer), n_null, seed).reshape(n_null, side * side, -1))
     null = depth_statistics(permuted @ np.swapaxes(permuted, 1, 2))
     found = {name: _with_null(number, null[name]) for name, number in found.items()}
@@ -1262,7 +1241,7 @@ def draw_geometry(
     layers = list(geometry)
     for key, (label, colour) in names.items():
         numbers = [found[key] for found in geometry.values()]
-        draw_line(ax, layers, as_line(numbers), color=colour, label=label)
+        plot_line(ax, layers, numbers, color=colour, label=label)
         for sign in (1, -1) if null else ():
             high = [sign * number["null_high"] for number in numbers]
             ax.plot(layers, high, linestyle=":", linewidth=1, color=colour)
@@ -1273,7 +1252,7 @@ def draw_specificity(ax, layers:list, steered:dict): # steered {name: of `specif
     for (name, found), colour in zip(steered.items(), (OKABE_ITO[1], OKABE_ITO[3], OKABE_ITO[0])):
         for which, line in (("on", "-"), ("off", "--")):
             label = f"{name}, {which}-axis question"
-            draw_line(ax, layers, found["by_layer"][which], color=colour, linestyle=line, label=label)
+            plot_line(ax, layers, found["by_layer"][which], color=colour, linestyle=line, label=label)
     draw_zero(ax)
     ax.set(xlabel="layer ℓ", xticks=ticks(layers))
     ax.set_yscale("symlog", linthresh=0.1)

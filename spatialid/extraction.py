@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['ID_FILES', 'SLOTS', 'CELL_COLOURS', 'WORD_TEMPLATES', 'UNRELATED_TEMPLATES', 'WORDS', 'RELATIONS', 'PLAIN', 'PROMPTS',
            'SCALING_LINES', 'HALF', 'centred_ids', 'grid_axes', 'orthonormal', 'grid_design', 'grid_statistics',
-           'grid_null', 'axis_null', 'effective_dimensions', 'smooth_codes', 'SpatialIDs', 'null_of', 'null_of_grid',
-           'choose_layer', 'spread_of', 'on_axes', 'cosines', 'of_different_objects', 'compare_slots', 'choices',
-           'pair_weights', 'subset_cosines', 'over_subsets', 'disjoint_halves', 'spread_layers', 'read_safetensors',
-           'checked_slot', 'stored_ids', 'SceneIndex', 'grid_shape', 'check_filled', 'index_scenes', 'IDAccumulator',
-           'stamp_of', 'write_checkpoint', 'read_checkpoint', 'seen_of', 'exchanged', 'whole_layers',
+           'permuted_cells', 'grid_null', 'axis_null', 'effective_dimensions', 'smooth_codes', 'SpatialIDs', 'null_of',
+           'null_of_grid', 'choose_layer', 'spread_of', 'on_axes', 'cosines', 'of_different_objects', 'compare_slots',
+           'rest_of', 'choices', 'pair_weights', 'subset_cosines', 'over_subsets', 'disjoint_halves', 'spread_layers',
+           'read_safetensors', 'checked_slot', 'stored_ids', 'SceneIndex', 'grid_shape', 'check_filled', 'index_scenes',
+           'IDAccumulator', 'stamp_of', 'write_checkpoint', 'read_checkpoint', 'seen_of', 'exchanged', 'whole_layers',
            'checked_settings', 'subject_activations', 'accumulate', 'Part', 'this_part', 'ended_like_ctrl_c', 'add_up',
            'run_part', 'extract', 'stopped', 'RingSums', 'additive_fit', 'cell_table', 'reliability', 'extract_rings',
            'subsample', 'middle_layers', 'plot_scenes', 'checkpoint_path', 'split_objects', 'statistics_table',
@@ -46,6 +46,7 @@ from tqdm import tqdm
 
 from .hub import pull_ids, push_ids
 from .packing import can_share, capture_shared, together
+from .plots import plot_line
 from .processes import ahead
 from .scenes import RingScenes
 from .stats import absolute, around, as_text, leave_one_out, not_judged, over_null, rng, with_interval
@@ -133,6 +134,15 @@ def grid_statistics(
     return {key: np.nan_to_num(value, posinf=0, neginf=0) for key, value in stats.items()}
 
 # %% ../nbs/03_extraction.ipynb #44dcde16
+def permuted_cells(
+    gram:np.ndarray, # (m², m²) inner products of the IDs of m² cells
+    n:int=1000, # permutations
+    seed:int=0,
+)->np.ndarray: # (n, m², m²)
+    "Inner products of the IDs after permuting the cells at random."
+    order = np.argsort(rng(seed, "permutations").random((n, len(gram))), axis=1)
+    return gram[order[:, :, None], order[:, None, :]]
+
 def grid_null(
     gram:np.ndarray, # (m², m²)
     n:int=1000, # permutations
@@ -140,8 +150,7 @@ def grid_null(
     rows:int|None=None, # of the grid; a square by default
 )->dict[str, np.ndarray]: # each (n,)
     "The statistics of a grid after permuting its IDs over the cells."
-    order = np.argsort(rng(seed, "permutations").random((n, len(gram))), axis=1)
-    return grid_statistics(gram[order[:, :, None], order[:, None, :]], rows)
+    return grid_statistics(permuted_cells(gram, n, seed), rows)
 
 # %% ../nbs/03_extraction.ipynb #70cbb072
 def axis_null(
@@ -259,18 +268,23 @@ def units(
 
 @patch
 def at(self:SpatialIDs, layer:int, size=None, objects=None)->np.ndarray:
-    "IDs at a layer (m, m, d) in float64, universal or of some objects."
+    "IDs at a layer (m, m, d) in float64, universal or of some objects. KeyError for what was not extracted."
     units, weights = self.units(layer, size, objects)
     return np.average(units, axis=0, weights=weights).reshape(self.table.shape[3:])
 
 @patch
 def axes(self:SpatialIDs, layer:int, size=None, objects=None)->np.ndarray:
-    "h and v at a layer (Eq. 5): (2, d)."
+    "h and v at a layer (Eq. 5): (2, d). KeyError for what was not extracted."
     return grid_axes(self.at(layer, size, objects), self.protocol)
 
 @patch
-def project(self:SpatialIDs, vectors:np.ndarray, layer:int, size=None)->np.ndarray:
-    "Coordinates (..., 2) of vectors (..., d) on the orthonormal basis of h and v."
+def project(
+    self:SpatialIDs,
+    vectors:np.ndarray, # (..., d)
+    layer:int,
+    size=None, # whose axes are taken; None: those over sizes
+)->np.ndarray: # (..., 2)
+    "Coordinates of vectors on the orthonormal basis of h and v. KeyError for a layer or size that was not extracted."
     return np.asarray(vectors, dtype=np.float64) @ orthonormal(self.axes(layer, size)).T
 
 # %% ../nbs/03_extraction.ipynb #ce65569b
@@ -318,7 +332,6 @@ def statistics(
     layer:int,
     size=None,
     objects=None, # only these objects
-    n_draws:int|None=None, # of the bootstrap there used to be; a jackknife draws nothing
     n_null:int=1000, # permutations, and smooth codes
     seed:int=0,
 )->dict[str, dict]: # each of `grid_statistics`: {value, low, high, n, null_mean, null_high, p}
@@ -395,12 +408,11 @@ def spread_of(
 def on_axes(
     units:np.ndarray, # (object, m², d)
     axes:np.ndarray, # (2, d), of some other IDs
-    weights:np.ndarray, # pairs behind each object
-    **options, # of `with_interval`
+    weights:np.ndarray, # (object,) pairs behind each
 )->dict: # {value, low, high, n}
     "Share of the variance of IDs in the plane of given axes, with an interval over objects."
     share = lambda whole, plane: {"share": np.nan_to_num(spread_of(plane) / spread_of(whole))}
-    return with_interval(share, units, units @ orthonormal(axes).T, weights=weights, floor=0.0, **options)["share"]
+    return with_interval(share, units, units @ orthonormal(axes).T, weights=weights, floor=0.0)["share"]
 
 # %% ../nbs/03_extraction.ipynb #6afe7119
 def cosines(
@@ -448,6 +460,13 @@ def compare_slots(
     return {name: around(values) for name, values in found.items()}
 
 # %% ../nbs/03_extraction.ipynb #09c4fd9e
+def rest_of(
+    names, # of objects
+    some, # of the names
+)->tuple: # of names
+    "The other names, in order."
+    return tuple(name for name in names if name not in some)
+
 def choices(
     names:list, # of the objects
     n:int,
@@ -486,7 +505,6 @@ def over_subsets(
     measure, # function of the names of some objects and of subsets of them, returning a number for each subset: (n,)
     names:list, # of the objects
     n:int, # objects in a subset
-    limit:int=300, # subsets
     seed:int=0,
     floor:float=-1.0, # smallest value of the measure, see `around`
 )->dict: # {value, low, high, n, subsets}; n = objects
@@ -494,30 +512,29 @@ def over_subsets(
 
     Without an object `measure` gets the names of the others, as if it had never been extracted; where n is all of
     them, the subset is all of the others."""
-    def mean(some): return np.mean(measure(some, choices(some, min(n, len(some)), limit, seed)))
-    others = [[other for other in names if other != name] for name in names]
-    return {**around([mean(names), *map(mean, others)], floor), "subsets": len(choices(names, n, limit, seed))}
+    def mean(some): return np.mean(measure(some, choices(some, min(n, len(some)), seed=seed)))
+    others = [rest_of(names, [name]) for name in names]
+    return {**around([mean(names), *map(mean, others)], floor), "subsets": len(choices(names, n, seed=seed))}
 
 # %% ../nbs/03_extraction.ipynb #9589959a
 def disjoint_halves(
     names:list,
     pairs:list,
     gram:np.ndarray, # (cell, pair, pair)
-    limit:int=300,
     seed:int=0,
 )->dict: # {value, low, high, n}
     """Cosine of the IDs of one half of the objects with those of the other half, mean over halvings and cells.
 
     Jackknife over objects: the halvings of the others; no interval with fewer than five objects, whose halves would
     lack a pair. ValueError below four."""
-    def mean(some):
-        halves = choices(some, len(some) // 2, limit, seed)
-        rest = [tuple(name for name in some if name not in half) for half in halves]
-        return subset_cosines(pair_weights(pairs, halves), pair_weights(pairs, rest), gram).mean()
     if len(names) < 4:
         raise ValueError(f"halves without a common object take at least four objects, not {len(names)}")
-    without = [mean([other for other in names if other != name]) if len(names) > 4 else np.nan for name in names]
-    return around([mean(names), *without])
+    def mean(some):
+        halves = choices(some, len(some) // 2, seed=seed)
+        rests = [rest_of(some, half) for half in halves]
+        return subset_cosines(pair_weights(pairs, halves), pair_weights(pairs, rests), gram).mean()
+    if len(names) == 4: return around([mean(names), *[np.nan] * 4])
+    return around([mean(names), *(mean(rest_of(names, [name])) for name in names)])
 
 # %% ../nbs/03_extraction.ipynb #9a94fc48
 def spread_layers(
@@ -660,7 +677,9 @@ class SceneIndex:
 
 # %% ../nbs/03_extraction.ipynb #5d00d3f4
 def grid_shape(scenes)->tuple[int, int]:
-    "Rows and columns of the grid of some scenes: a square that holds all cells, unless their source says otherwise."
+    """Rows and columns of the grid of some scenes: a square that holds all cells, unless their source says otherwise.
+
+    ValueError where there are no scenes."""
     m = 1 + max((max(*s.a_cell, *s.b_cell) for s in scenes), default=-1)
     if m < 2:
         raise ValueError("no scenes to extract from: give GridScenes with at least one pair")
@@ -1358,16 +1377,13 @@ def plot_over_layers(
     key:str,
     label:str,
     colour,
-    band:bool=True, # draw the interval
-    **line, # style of the line; with dots at the layers by default
+    **plain, # style of a line without dots and interval; with both by default
 ):
     "One number over the layers, with its interval."
     layers, values = list(numbers), [one[key] for one in numbers.values()]
-    line = line or {"marker": "o", "markersize": 3.5}
-    ax.plot(layers, [v["value"] for v in values], label=label, color=colour, **line)
-    if band and values[0]["low"] is not None:
-        low, high = ([v[end] for v in values] for end in ("low", "high"))
-        ax.fill_between(layers, low, high, color=colour, alpha=0.18, linewidth=0)
+    look = {"label": label, "color": colour}
+    if plain: ax.plot(layers, [one["value"] for one in values], **look, **plain)
+    else: plot_line(ax, layers, values, size=3.5, shade=0.18, **look)
 
 # %% ../nbs/03_extraction.ipynb #490732da
 def plot_with_null(ax, numbers:dict, key:str, label:str, colour):
@@ -1735,7 +1751,7 @@ def plot_slots(
     plot_over_layers(cosine, slots, "cells", "IDs, mean over cells", "C0")
     plot_over_layers(cosine, slots, "x", "axis h (left to right)", "C1")
     plot_over_layers(cosine, slots, "y", "axis v (top to bottom)", "C2")
-    control = dict(band=False, linestyle="--", linewidth=1.2)
+    control = dict(linestyle="--", linewidth=1.2)
     plot_over_layers(cosine, slots, "same_slot", "two objects, one slot", "0.4", **control)
     plot_over_layers(cosine, slots, "other_slot", "two objects, two slots", "C4", **control)
     cosine.axhline(0, color="0.4", linewidth=0.8)
@@ -1829,8 +1845,7 @@ def cosine_to_all(self:PairSubsets, subsets:list)->np.ndarray: return self.cosin
 @patch
 def cosine_to_rest(self:PairSubsets, subsets:list)->np.ndarray:
     "Cosine of the IDs of subsets with those of the objects that are not in them: (n,)."
-    rest = [tuple(name for name in self.names if name not in subset) for subset in subsets]
-    return self.cosine(subsets, rest)
+    return self.cosine(subsets, [rest_of(self.names, subset) for subset in subsets])
 
 @patch
 def nearest_column(self:PairSubsets, subsets:list)->np.ndarray:
@@ -1948,8 +1963,10 @@ def size_invariance(
     layer:int,
     size, # whose axes are taken
 )->dict[str, dict]: # drop, nearest_column: {value, low, high, n}
-    """Share of variance in the plane of one size less the mean share at the others, and the share of their IDs that lie
-    nearest to one of that size in the same column (mean over the other sizes). Intervals over objects."""
+    """How far the IDs depend on the size of the object, by the axes of one size. Intervals over objects.
+
+    `drop` is the share of variance in the plane at that size less the mean share at the others; `nearest_column` the
+    share of the others' IDs that lie nearest to one of that size in the same column (mean over the other sizes)."""
     others = [other for other in ids.sizes if other != size] or [size]
     plane = orthonormal(ids.axes(layer, size)).T
     units = [ids.units(layer, one)[0] for one in (size, *others)]

@@ -11,9 +11,9 @@ __all__ = ['SAMPLERS', 'LEARNS', 'PAPER', 'ARMS', 'MAIN_ARMS', 'SLOT_OF', 'RATES
            'bits', 'compared', 'main', 'log_text', 'start_of', 'stored_full_run', 'scene_benchmark', 'training_pairs',
            'parts_exchanged', 'plot_group', 'commoner_share', 'slot_losses', 'id_losses', 'rounded', 'rate_arms',
            'searched', 'swept_arms', 'short_arms', 'run_label', 'curve', 'mean_rows', 'end_rows', 'draw_arms',
-           'plot_a10', 'rows_of', 'differences_of', 'points', 'direction', 'difference_rows', 'swept_differences',
-           'plot_sweep', 'last_third', 'gains', 'set_up_row', 'plateau_gain', 'first_reached', 'speed_gain',
-           'id_loss_falls']
+           'plot_a10', 'rows_of', 'compared_by_kind', 'differences_of', 'points', 'direction', 'difference_rows',
+           'swept_differences', 'plot_sweep', 'last_third', 'gains', 'set_up_row', 'plateau_gain', 'first_reached',
+           'speed_gain', 'id_loss_falls']
 
 # %% ../nbs/07_finetune.ipynb #8acb1492
 import argparse
@@ -47,7 +47,7 @@ from .hooks import VLM
 from .pictures import as_seen
 from .processes import end_with_parent
 from .query import Query
-from .questions import BENCHMARK_KINDS, QUESTIONS
+from .questions import BENCHMARK_KINDS, QUESTIONS, answers_right
 from .registry import bundled
 from .scenes import GridScenes
 from .stats import as_text, not_judged, over_seeds, rng
@@ -935,7 +935,7 @@ def parts_exchanged(
     for reader, viewer in product(own, own):
         with torch.no_grad():
             for name, p in mixed.model.named_parameters(): p.copy_(own[reader if name in language else viewer][name])
-        right = np.array([b == q.truth for b, q in zip(mixed.run(queries).beliefs, queries)])
+        right = answers_right(queries, mixed.run(queries).beliefs)
         kinds = np.array([q.kind for q in queries])
         rows[f"{reader.name} on {viewer.name}"] = {kind: float(right[kinds == kind].mean()) for kind in BENCHMARK_KINDS}
     return rows
@@ -1030,10 +1030,9 @@ def searched(
 def swept_arms(
     base:Settings,
     layers:list, # that the IDs have
-    weights=(.3, 3., 10.), # w
 ) -> dict: # {name: Settings}
-    "The arm with the loss at other weights, and at other layers, measured at the end."
-    arms = {f"w = {w:g}": replace(base, weight=w, every=base.steps) for w in weights}
+    "The arm with the loss at other weights w, and at other layers, measured at the end."
+    arms = {f"w = {w:g}": replace(base, weight=w, every=base.steps) for w in (.3, 3., 10.)}
     other = [layer for layer in (1, 2, 4, 6) if layer in layers and layer != base.layer]
     return arms | {f"ℓ = {layer}": replace(base, layer=layer, every=base.steps) for layer in other}
 
@@ -1097,9 +1096,10 @@ def draw_arms(
     "Mean and interval over seeds by step, the arms a little beside each other."
     for k, (name, arm) in enumerate(logs.items()):
         found, steps = curve(arm, key), np.array(arm["steps"])
-        value, low, high = (np.array([one[end] for one in found]) for end in ("value", "low", "high"))
-        ax.errorbar(steps + (k - 2) * .008 * steps[-1], value, [high - value, high - value], marker="o", markersize=3,
-                    capsize=2, linewidth=1.3, elinewidth=.8, color=ARM_COLOURS[name], label=name)
+        value, high = (np.array([one[end] for one in found]) for end in ("value", "high"))
+        beside = (k - 2) * .008 * steps[-1]
+        ax.errorbar(steps + beside, value, high - value, marker="o", markersize=3, capsize=2, linewidth=1.3,
+                    elinewidth=.8, color=ARM_COLOURS[name], label=name)
     ax.set(xlabel="step", ylabel=label)
 
 def plot_a10(
@@ -1128,14 +1128,21 @@ def rows_of(
     "All questions, and those of each kind."
     return {"all": slice(None), **{kind: np.asarray(kinds) == kind for kind in BENCHMARK_KINDS}}
 
+def compared_by_kind(
+    a:dict, # an arm, as `gathered`
+    b:dict, # another one with the same seeds
+    kinds, # of the questions of the benchmark, in order
+) -> dict: # {"all", "left_right", "above_below": `compared`}
+    "Final accuracy of one arm less that of another, for all questions and for those of each kind."
+    return {part: compared(a, b, rows) for part, rows in rows_of(kinds).items()}
+
 def differences_of(
     logs:dict, # of `gathered`
     kinds, # of the questions of the benchmark, in order
 ) -> dict: # {comparison: {"all", "left_right", "above_below": `compared`}}
     "The comparisons whose two arms there are."
     there = {name: pair for name, pair in COMPARISONS.items() if logs.keys() >= set(pair)}
-    return {name: {part: compared(logs[a], logs[b], rows) for part, rows in rows_of(kinds).items()}
-            for name, (a, b) in there.items()}
+    return {name: compared_by_kind(logs[a], logs[b], kinds) for name, (a, b) in there.items()}
 
 # %% ../nbs/07_finetune.ipynb #d64b0681
 def points(
@@ -1172,10 +1179,14 @@ def swept_differences(
 ) -> dict: # {arm: {"all", "left_right", "above_below": `compared`}}; empty without a sweep
     "Final accuracy at other weights and layers less that without the loss, for the seeds that there are."
     if not swept: return {}
-    few = [logs["no loss"]["seeds"].index(s) for s in next(iter(swept.values()))["seeds"]]
-    with_loss, without = ({"right": [logs[arm]["right"][i] for i in few]} for arm in ("spatial loss", "no loss"))
-    return {arm: {part: compared(one, without, rows) for part, rows in rows_of(kinds).items()}
-            for arm, one in {name: with_loss, **swept}.items()}
+    seeds = next(iter(swept.values()))["seeds"]
+    without = _of_seeds(logs["no loss"], seeds)
+    arms = {name: _of_seeds(logs["spatial loss"], seeds), **swept}
+    return {arm: compared_by_kind(one, without, kinds) for arm, one in arms.items()}
+
+def _of_seeds(arm, seeds):
+    "The answers of an arm, as `compared` takes them, for some of its seeds."
+    return {"right": [arm["right"][arm["seeds"].index(seed)] for seed in seeds]}
 
 def plot_sweep(
     fig, # an empty matplotlib figure
@@ -1255,9 +1266,9 @@ def speed_gain(
     with_loss:dict, # arm, as `gathered`
     without:dict, # the same
     start:str, # name of the model that is trained
-    goal:float=.9, # accuracy
 ) -> dict: # value, low, high, n; not judged where the goal is reached before the training, or in no run
-    "How much earlier the goal is reached with the loss, as a share of the training."
+    "How much earlier the goal, nine answers in ten, is reached with the loss, as a share of the training."
+    goal = .9
     n, at_start = len(without["seeds"]), np.mean(without["all"], 0)[0]
     if at_start >= goal: return not_judged(f"{start} answers {at_start:.1%} right before any training", n)
     if np.max([with_loss["all"], without["all"]]) < goal: return not_judged(f"no run reaches {goal:.0%}", n)

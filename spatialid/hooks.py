@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['STAND_IN', 'DTYPES', 'RULES', 'Turn', 'Eager', 'offloading', 'VLM', 'joins', 'Layout', 'readable', 'Run', 'Inside',
-           'check_same_length', 'copied', 'largest_gap', 'relative_difference', 'Prompts', 'patching', 'as_dtype',
-           'scaled', 'steering']
+           'check_same_length', 'copied', 'largest_gap', 'relative_difference', 'as_rows', 'Prompts', 'patching',
+           'as_dtype', 'scaled', 'steering']
 
 # %% ../nbs/00_hooks.ipynb #c205cba9
 import hashlib, inspect, os, re, threading, unicodedata, warnings
@@ -86,6 +86,16 @@ def _warn_of_int8(model, name):
                       "load_in_8bit=True, llm_int8_threshold=0.0), or run with batch_size=1", stacklevel=3)
 
 # %% ../nbs/00_hooks.ipynb #ecc91982
+def _picture_ids(config):
+    "The ids of the tokens that stand for a picture and for a video, where a family has them."
+    ids = (getattr(config, name, None) for name in ("image_token_id", "video_token_id"))
+    return [i for i in ids if i is not None]
+
+def _keep_last(model):
+    "What tells a model to give the logits of the last row alone; nothing where it cannot."
+    can = "logits_to_keep" in inspect.signature(model.forward).parameters
+    return {"logits_to_keep": 1} if can else {}
+
 class VLM:
     """A Hugging Face vision-language model and its processor behind one face.
 
@@ -98,17 +108,15 @@ class VLM:
         revision:str|None=None, # commit on the Hub
         folder:Path|None=None, # where its safetensors are
     ):
-        self.model, self.processor = (model := unwrapped(model)), processor
+        model = unwrapped(model)
+        self.model, self.processor = model, processor
         self.name, self.organism = name, organism
         self.revision, self.folder = revision, folder
         self.family, text = find_family(model.config, name), model.config.get_text_config()
         self.n_layers, self.width = text.num_hidden_layers, text.hidden_size
         self.blocks, norm = self._parts()
         self.receivers = [*self.blocks[1:], norm] # what reads the residual stream after 1, ..., N blocks
-        ids = [getattr(model.config, name, None) for name in ("image_token_id", "video_token_id")]
-        self.image_ids = [i for i in ids if i is not None]
-        keeps_last = "logits_to_keep" in inspect.signature(model.forward).parameters
-        self.keep_last = {"logits_to_keep": 1} if keeps_last else {}
+        self.image_ids, self.keep_last = _picture_ids(model.config), _keep_last(model)
         frames = getattr(processor, "video_processor", None)
         if isinstance(frames, Frames): frames.family = model.config.model_type
         if self.tokenizer.pad_token is None: self.tokenizer.pad_token = self.tokenizer.eos_token
@@ -786,24 +794,24 @@ def show_difference(self:VLM,
     return mesh
 
 # %% ../nbs/00_hooks.ipynb #284ecdb8
-@patch
-def _fitting(self:VLM, function, layer, group):
-    "A function of rows (B, P, d). The new one raises ValueError where what it gives does not fit them."
-    def fitting(rows):
-        written = function(rows)
-        try: return written.expand_as(rows)
-        except (RuntimeError, AttributeError) as e:
-            given = tuple(written.shape) if hasattr(written, "shape") else type(written).__name__
-            raise ValueError(f"the patch of {group!r} at layer {layer} gives {given} for rows {tuple(rows.shape)} "
-                             "(queries, rows, width): return as many") from e
-    return fitting
+def as_rows(
+    written, # what a function gave for rows: a tensor that can be broadcast to them
+    rows:torch.Tensor, # (B, P, d)
+    what:str, # that gave it, for the error
+) -> torch.Tensor: # (B, P, d)
+    "New rows in the shape of the old ones. ValueError where they do not fit."
+    try: return written.expand_as(rows)
+    except (RuntimeError, AttributeError) as e:
+        given = tuple(written.shape) if hasattr(written, "shape") else type(written).__name__
+        raise ValueError(f"{what} gives {given} for rows {tuple(rows.shape)} (queries, rows, width): "
+                         "give as many") from e
 
 @patch
 def _new(self:VLM, new, layer, group, shape, start, total):
     """What a patch writes into (B, P) rows, for the queries from `start` of `total`.
 
     Raises ValueError for a tensor that does not fit."""
-    if callable(new): return self._fitting(new, layer, group)
+    if callable(new): return lambda rows: as_rows(new(rows), rows, f"the patch of {group!r} at layer {layer}")
     new = new.residual(layer, group) if isinstance(new, Run) else torch.as_tensor(new)
     if new.ndim == 3 and len(new) == total: new = new[start:start + shape[0]]
     elif new.ndim == 3 and len(new) > 1: shape = (total, shape[1])
@@ -1126,7 +1134,8 @@ def load(cls:VLM,
     **kwargs # to `from_pretrained`: device_map, attn_implementation, revision, ... (of an adapter: of its base)
 ) -> VLM:
     "Load a model and check it. Raises ValueError or FileNotFoundError: one sentence with the remedy."
-    (source, folder), checkpoint = locate(name), find_checkpoint(str(name))
+    source, folder = locate(name)
+    checkpoint, placed = find_checkpoint(str(name)), "device_map" in kwargs # placed: by what it says
     adapter = folder if adapter_of(folder) is not None else None
     part = lambda *files: source_of(adapter, *files) if adapter else source # where some of its files are
     dtype = as_dtype(dtype, kwargs.pop("torch_dtype", None))
@@ -1136,16 +1145,20 @@ def load(cls:VLM,
     organism = name in bundled() or bool(getattr(config, "organism", False))
     processor = _load_processor(name, part("processor_config.json", "preprocessor_config.json"), hub)
     dtype = _dtype_of(dtype, checkpoint, organism, config)
-    gpu = f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ else "cuda"  # each process its own
-    device = device or (gpu if torch.cuda.is_available() else "cpu")
-    if "device_map" not in kwargs: _check_memory(name, config, dtype, device)
+    device = device or _device_here()
+    if not placed: _check_memory(name, config, dtype, device)
     model = _load_weights(name, source, adapter, dtype, merge, organism, kwargs)
-    if "device_map" not in kwargs: model = model.to(device)
+    if not placed: model = model.to(device)
     called = folder.resolve().name if folder else name
     vlm = cls(model, processor, called, organism, getattr(config, "_commit_hash", None), folder)
     vlm._loaded = vlm._mark()
     if adapter: vlm._hash[vlm._loaded] = identity(folder, vlm.revision)
     return vlm.check()
+
+def _device_here():
+    "A GPU if there is one, of several processes each its own; else the CPU."
+    if not torch.cuda.is_available(): return "cpu"
+    return f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ else "cuda"
 
 _NO_ADAPTER = "has no adapter to keep apart: leave out merge=False, or give the folder of a PEFT adapter"
 

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['CELLS', 'WHERE', 'HUE', 'WHEN', 'CHAT', 'CHAT_VIDEO', 'RECIPES', 'HELD_OUT', 'CHANGE', 'BUILDERS', 'NESTED', 'EARLY',
            'OPTIONS', 'chat_template', 'training_texts', 'merges', 'make_tokenizer', 'Stage', 'Recipe', 'build',
-           'fresh_blocks', 'zoo', 'Steps', 'kinds_of', 'place_word', 'named_questions', 'covered', 'padded',
-           'packed_mask', 'Align', 'features', 'placeholders', 'positions', 'forward', 'losses', 'quick_accuracy',
-           'held_out_stage', 'learning_rate', 'train', 'training_log', 'early_entry', 'bundle', 'training_record',
-           'stage_ends', 'shown_kinds', 'log_table', 'plot_learning', 'plot_accuracy', 'language_recipes', 'recipes',
-           'refused', 'write_card', 'trainer_of', 'train_and_bundle', 'side_by_side', 'main']
+           'fresh_blocks', 'zoo', 'Steps', 'kinds_of', 'place_word', 'named_questions', 'covered', 'padded', 'Align',
+           'features', 'placeholders', 'positions', 'forward', 'losses', 'quick_accuracy', 'held_out_stage',
+           'learning_rate', 'train', 'training_log', 'early_entry', 'bundle', 'training_record', 'stage_ends',
+           'shown_kinds', 'log_table', 'plot_learning', 'plot_accuracy', 'language_recipes', 'recipes', 'refused',
+           'write_card', 'trainer_of', 'train_and_bundle', 'side_by_side', 'main']
 
 # %% ../nbs/10_organisms.ipynb #7ec73bc6
 import json
@@ -557,23 +557,18 @@ def __getitem__(self:Steps, i) -> dict:
     items = [self.item(k) for k in numbers]
     drawn = [item.canvases() if self.recipe.frames else [item.canvas()] for item in items]
     made = [self.sequence(item, rng(self.scenes.seed, "questions", k)) for item, k in zip(items, numbers)]
-    pictures = [[Image.fromarray(canvas.astype(np.uint8)) for canvas, _ in frames] for frames in drawn]
-    boxes = [[boxes for _, boxes in frames] for frames in drawn]
+    pictures, boxes = map(list, zip(*map(_pictures_and_boxes, drawn)))
     measured = [(b, *one) for b, (_, of) in enumerate(made) for one in of]
     return padded([row for row, _ in made], self.tok.pad_token_id) | dict(
         asked=measured, picture=self.picture(pictures),
         patches=torch.from_numpy(np.stack([self.patches(frames) for frames in boxes])))
 
+def _pictures_and_boxes(frames):
+    "The pictures of some frames, and the boxes drawn in each: frames (canvas, boxes)."
+    return [Image.fromarray(canvas.astype(np.uint8)) for canvas, _ in frames], [boxes for _, boxes in frames]
+
 # %% ../nbs/10_organisms.ipynb #2206ee0e
-def packed_mask(number:torch.Tensor, # (B, T) question of each token: 0 the image prefix, −1 padding
-                both:torch.Tensor|None=None, # (B, T) tokens that see each other in both directions
-                ) -> torch.Tensor: # (B, 1, T, T) additive attention mask
-    "Causal attention in which a question sees the image and itself."
-    T = number.shape[1]
-    earlier = torch.ones(T, T, dtype=torch.bool, device=number.device).tril()
-    ok = earlier & ((number[:, None] == 0) | (number[:, :, None] == number[:, None]))
-    if both is not None: ok |= both[:, None] & both[:, :, None]
-    return torch.zeros(ok.shape, device=ok.device).masked_fill_(~ok, torch.finfo(torch.float32).min)[:, None]
+from .packing import packed_mask
 
 # %% ../nbs/10_organisms.ipynb #59f38943
 class Align(torch.nn.Module):
@@ -670,7 +665,7 @@ def _token_states(model, batch, tokens): # (B, T, d)
     image, gemma = placeholders(model, batch["input_ids"]), model.config.model_type == "gemma3"
     embeds = model.get_input_embeddings()(batch["input_ids"])
     embeds = embeds.masked_scatter(image[..., None], tokens.to(embeds.dtype))
-    mask = packed_mask(batch["number"], image if gemma else None)
+    mask = packed_mask(batch["number"], both=image if gemma else None)
     if gemma: mask = dict(full_attention=mask, sliding_attention=mask) # the window is longer than any question
     return model.model.language_model(inputs_embeds=embeds, position_ids=positions(model, batch), attention_mask=mask,
                                       use_cache=False).last_hidden_state
@@ -870,7 +865,9 @@ def train(name:str, # a key of RECIPES
 EARLY = (.70, .85)
 
 def training_log(out:str|Path) -> list: # one entry per measurement: stage, step, loss, seconds, accuracies
-    "The log of a run, later entries replacing those of an interrupted attempt at the same step."
+    """The log of a run, later entries replacing those of an interrupted attempt at the same step.
+
+    FileNotFoundError where it has not begun."""
     path = Path(out) / "log.jsonl"
     if not path.is_file():
         raise FileNotFoundError(f"{str(path)!r} is not there: train the organism first (make organisms)")

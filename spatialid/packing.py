@@ -68,13 +68,16 @@ def line_up(
 
 def packed_mask(
     number:torch.Tensor, # (B, L) question of each token; 0: prefix, −1: padding
-    dtype, # of the mask
-) -> torch.Tensor: # (B, 1, L, L), to be added to attention scores
+    dtype:torch.dtype=torch.float32, # of the mask
+    both:torch.Tensor|None=None, # (B, L) tokens that see each other in both directions
+) -> torch.Tensor: # (B, 1, L, L), to be added to attention scores, on the device of `number`
     "Causal attention in which a question sees the prefix and itself."
-    L = number.shape[1]
+    L, device = number.shape[1], number.device
     same = (number[:, None] == 0) | (number[:, :, None] == number[:, None])
-    sees = same & torch.ones(L, L, dtype=torch.bool).tril()
-    return torch.zeros(sees.shape, dtype=dtype).masked_fill_(~sees, torch.finfo(dtype).min)[:, None]
+    sees = same & torch.ones(L, L, dtype=torch.bool, device=device).tril()
+    if both is not None: sees |= both[:, None] & both[:, :, None]
+    mask = torch.zeros(sees.shape, dtype=dtype, device=device)
+    return mask.masked_fill_(~sees, torch.finfo(dtype).min)[:, None]
 
 
 def packed_batch(

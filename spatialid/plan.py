@@ -442,12 +442,11 @@ def _cells(row, free):
 
 def plan_text(
     model:str, # bundled name, folder, Hub id, alias, or the path of a config.json
-    numbers:dict|None=None, # of bench.json; None: the stored ones
 ) -> str:
     "What running a model will take: weights, and passes, time and memory of every notebook."
     plan = blueprint(model)
     question, (where, free, on_gpu) = question_of(plan), room()
-    pace = speed(plan, question, numbers)
+    pace = speed(plan, question)
     counted = "counted by its processor" if question.counted else "estimated from the config"
     lines = [f"{plan.name}: {plan.parameters:,} parameters, {plan.bytes / 1e9:.2f} GB in {str(plan.dtype)[6:]}, "
              f"{plan.blocks} blocks",

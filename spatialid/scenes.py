@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['GLYPHS', 'OBJECTS', 'COLOURS', 'MARGIN', 'PLACES', 'TIMES', 'Objects', 'own_colour', 'open_picture', 'paste', 'sheet',
-           'noise_background', 'background', 'grid_pairs', 'GridScene', 'GridScenes', 'RingScene', 'RingScenes',
-           'Thing', 'relation', 'between', 'place', 'Scene', 'balanced', 'question_texts', 'FreeScenes', 'asked_of',
-           'height_and_depth']
+           'noise_background', 'background', 'grid_pairs', 'each_with_another', 'GridScene', 'GridScenes', 'RingScene',
+           'RingScenes', 'Thing', 'scene_place', 'relation', 'between', 'place', 'Scene', 'balanced', 'question_texts',
+           'FreeScenes', 'asked_of', 'height_and_depth']
 
 # %% ../nbs/01_data.ipynb #3c66032d
 import math
@@ -218,6 +218,12 @@ def grid_pairs(n_pairs:int=90, # k·(k−1) for k objects: 6, 20, 56, 90 in §D.
                          f"(2, 6, 12, 20, 30, 42, 56, 72, 90, …), not {n_pairs}")
     return list(permutations(names[:k], 2))
 
+def each_with_another(
+    names:list,
+) -> list: # (reference, object): every name once as either
+    "Pairs of a reference and an object, each name beside the one before it; the first beside the last."
+    return [(names[i - 1], name) for i, name in enumerate(names)]
+
 # %% ../nbs/01_data.ipynb #2ede0642
 @dataclass(frozen=True)
 class GridScene:
@@ -382,7 +388,7 @@ def _overlap(a, b):
     return shared(a.x, b.x) * shared(a.y, b.y) / min(a.size, b.size) ** 2
 
 # %% ../nbs/01_data.ipynb #12e0a37a
-def _place(g, horizon, name, colour, at=None, flat=False, sizes=(.18, .38)):
+def _place(g, horizon, name, colour, at=None, flat=False):
     """One object before the camera, or None where the draw does not fit the image.
 
     `at`: wanted image position; `flat`: at any height."""
@@ -396,7 +402,7 @@ def _place(g, horizon, name, colour, at=None, flat=False, sizes=(.18, .38)):
     elif air or flat: y = g.uniform(half, max(lowest, half + .01))
     else: y = lowest
     inside = half <= x <= 1 - half and half <= y <= 1 - half and y <= lowest + 1e-9
-    return Thing(name, colour, x, y, size, depth, air) if inside and sizes[0] <= size <= sizes[1] else None
+    return Thing(name, colour, x, y, size, depth, air) if inside and .18 <= size <= .38 else None
 
 def _layout(g, names, colours, flat=False, tries=40):
     "Horizon and things, far to near, little overlapped; in a fifth of the scenes the third is between the first two."
@@ -419,6 +425,12 @@ def _point_between(g, a, b):
     return [a.x * (1 - t) + b.x * t + aside[0], a.y * (1 - t) + b.y * t + aside[1]]
 
 # %% ../nbs/01_data.ipynb #fd5d58aa
+def scene_place(
+    thing:Thing,
+) -> tuple: # (column, row); whole numbers at the middle of a cell
+    "Where a thing is, in cells of a grid of four by four."
+    return 4 * thing.x - 0.5, 4 * thing.y - 0.5
+
 MARGIN = .12
 
 def relation(kind:str, # "left_right", "above_below", "front_behind", "near_far"
@@ -465,6 +477,11 @@ class Scene:
     horizon: float
     index: int
     source: object = field(repr=False)
+
+    def thing(self, name:str) -> Thing:
+        "The thing of a name. ValueError where there is none."
+        names = [thing.name for thing in self.things]
+        return self.things[names.index(name)]
 
     def backdrop(self) -> np.ndarray: # (px, px, 3) float32
         "The scene without its things."
@@ -589,15 +606,23 @@ def question_texts(
     video:bool=False, # those of a video too
 ) -> list: # one text per wording, names left out
     "Every wording in which a scene can be asked, and its answers: what a tokenizer must know."
-    scene, time = ([QUESTIONS[kind] for kind in kinds] for kinds in (_WORDED, VIDEO_KINDS[:3]))
-    texts = [kind.template for kind in scene] + [kind.swapped for kind in scene if kind.swapped]
+    texts = _wordings_of(_WORDED)
     texts += [f"Is the {{subject}} in the {halves} half of the image?" for halves in ("left or right", "top or bottom")]
     texts += [f"Is the {{subject}} {colour} or {colour}?" for colour in COLOURS]
-    texts += [f" {word}" for kind in scene for word in kind.answers]
+    texts += _answers_of(_WORDED)
     if video:
-        texts += [kind.template for kind in time] + [kind.swapped for kind in time if kind.swapped]
-        texts += [f" {word}" for words in (*(kind.answers for kind in time), TIMES) for word in words]
+        kinds = VIDEO_KINDS[:3] # what else is asked of a video is asked of a scene too
+        texts += [*_wordings_of(kinds), *_answers_of(kinds), *(f" {word}" for word in TIMES)]
     return [text.format(subject="", object="", other="") for text in texts]
+
+def _wordings_of(kinds):
+    "The templates of some kinds of question, then those with the answers in the other order."
+    kinds = [QUESTIONS[kind] for kind in kinds]
+    return [kind.template for kind in kinds] + [kind.swapped for kind in kinds if kind.swapped]
+
+def _answers_of(kinds):
+    "The answers to some kinds of question, as they stand after a word."
+    return [f" {word}" for kind in kinds for word in QUESTIONS[kind].answers]
 
 _WORDED = ("left_right", "above_below", "front_behind", "near_far", "between", "existence") # whatever the scene
 

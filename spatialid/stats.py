@@ -158,11 +158,14 @@ def not_judged(
 def texts_of(
     numbers, # an estimate, or dictionaries of estimates
     digits:int=2,
-): # text, or dictionaries of texts; what is no estimate stays
+    others:dict|None=None, # {key that only numbers of another kind have: function giving the text of such a number}
+): # text, or dictionaries of texts; what is no number stays
     "Numbers with their intervals as text."
     if not isinstance(numbers, Mapping): return numbers
     if "value" in numbers: return as_text(numbers, digits)
-    return {key: texts_of(number, digits) for key, number in numbers.items()}
+    for key, text in (others or {}).items():
+        if key in numbers: return text(numbers)
+    return {key: texts_of(number, digits, others) for key, number in numbers.items()}
 
 # %% ../nbs/lib/stats.ipynb #19f075bb
 def markdown_table(
@@ -256,7 +259,7 @@ def leave_one_out(
 
 # %% ../nbs/lib/stats.ipynb #c6c58d97
 def resample(
-    weights:np.ndarray, # pairs behind each object
+    weights:np.ndarray, # (object,) pairs behind each
     n_draws:int=1000,
     seed:int=0,
 )->np.ndarray: # (1 + n_draws, object), rows sum to 1; the first is all objects as they are
@@ -270,10 +273,8 @@ def resample(
 def with_interval(
     measure, # function of one stack of Gram matrices (n, m², m²) for each array of `units`, returning {name: (n,)}
     *units:np.ndarray, # (object, m², d) each
-    weights:np.ndarray, # pairs behind each object
+    weights:np.ndarray, # (object,) pairs behind each
     floor:float=-1.0, # smallest value of the measures, see `around`
-    n_draws:int|None=None, # of the bootstrap there used to be; a jackknife draws nothing
-    seed:int|None=None, # likewise
 )->dict[str, dict]: # {name: {value, low, high, n}}; n is the number of objects
     "Measure the mean over objects, with an interval over the objects (`around`)."
     share, grams = leave_one_out(weights), []

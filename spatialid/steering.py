@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['ARMS', 'DOSES', 'ARM_COLOURS', 'PUBLISHED', 'DOSE_COLUMNS', 'RING_PICTURES', 'UNREADABLE', 'NEITHER', 'APART',
-           'EFFECTS', 'KIND_AXES', 'ALL_CELLS', 'PATH_COLOURS', 'OBJECTS_ON_OBJECTS', 'PAPER_TABLE1', 'CHANCES',
+           'EFFECTS', 'SIDE', 'KIND_AXES', 'ALL_CELLS', 'PATH_COLOURS', 'OBJECTS_ON_OBJECTS', 'PAPER_TABLE1', 'CHANCES',
            'QuestionSource', 'show_question', 'plot_answers', 'masks_of_kinds', 'steered_answers', 'adversarial',
            'fig2_edits', 'draws_of_arms', 'readings', 'dose_edits', 'other_doses', 'dose_controls', 'fig2_dose_edits',
-           'swaps_at_dose', 'dose_readings', 'plot_line', 'zero_line', 'plot_swaps', 'listed_layers', 'plot_bars',
-           'plot_rules', 'plot_dose_readings', 'plot_fig2', 'moves_by_slot', 'chosen_dose', 'with_gain', 'at_layer',
+           'swaps_at_dose', 'dose_readings', 'zero_line', 'plot_swaps', 'listed_layers', 'plot_bars', 'plot_rules',
+           'plot_dose_readings', 'plot_fig2', 'rows_of', 'moves_by_slot', 'chosen_dose', 'with_gain', 'at_layer',
            'at_dose', 'second_noun_ids', 'dose_choices', 'dose_table', 'rows_of_words', 'word_by_word',
            'whole_word_swaps', 'ceiling_numbers', 'wilson_by_layer', 'plot_dose', 'plot_estimates', 'layers_beside',
            'dose_points', 'plot_dose_choice', 'rings_like', 'packed_ring_ids', 'ring_numbers', 'fig2_claims',
@@ -22,11 +22,11 @@ __all__ = ['ARMS', 'DOSES', 'ARM_COLOURS', 'PUBLISHED', 'DOSE_COLUMNS', 'RING_PI
            'direction_numbers', 'step_norms', 'plot_a16', 'arranged', 'question_about', 'near_far', 'in_between',
            'made_questions', 'plot_made', 'relation_pushes', 'relation_edits', 'implied_distances', 'relation_changes',
            'right_share', 'relation_numbers', 'relation_table', 'plot_relation', 'surrounded', 'ring_edits',
-           'ring_slopes', 'plot_ring', 'scene_place', 'movable_questions', 'redrawn', 'towards', 'path_names',
-           'move_edits', 'path_changes', 'outside_changes', 'beyond_steps', 'plot_path', 'AtWord', 'at_word',
-           'relation_words', 'ids_at_words', 'word_scenes', 'rows_of', 'mean_of', 'table1_edits', 'table1_swaps',
-           'less_noise', 'table1_numbers', 'table1_text', 'id_strength', 'fig9_numbers', 'pad_figure', 'pad_odds',
-           'pad_queries', 'pad_scene', 'plot_pad', 'playground', 'claim_or_reason', 'fig6a_results', 'fig6b_results']
+           'ring_slopes', 'plot_ring', 'movable_questions', 'redrawn', 'towards', 'path_names', 'move_edits',
+           'path_changes', 'outside_changes', 'beyond_steps', 'plot_path', 'AtWord', 'at_word', 'relation_words',
+           'ids_at_words', 'word_scenes', 'mean_of', 'table1_edits', 'table1_swaps', 'less_noise', 'table1_numbers',
+           'table1_text', 'id_strength', 'fig9_numbers', 'pad_figure', 'pad_odds', 'pad_queries', 'pad_scene',
+           'plot_pad', 'playground', 'claim_or_reason', 'fig6a_results', 'fig6b_results']
 
 # %% ../nbs/04_steering.ipynb #0f513cbf
 import re
@@ -44,10 +44,10 @@ from .extraction import SpatialIDs, cosines, extract, extract_rings, orthonormal
 from .groups import whole_objects
 from .hooks import VLM, scaled
 from .packing import can_share, together
-from .plots import ticks
+from .plots import plot_line, ticks
 from .query import Query
 from .questions import BENCHMARK_KINDS, LEFT_RIGHT, QUESTIONS, answers_right, questions
-from .scenes import COLOURS, FreeScenes, GridScenes, RingScenes, Scene, Thing, grid_pairs
+from .scenes import COLOURS, FreeScenes, GridScenes, RingScenes, Scene, Thing, grid_pairs, scene_place
 from .stats import (
     as_text, band_ends, bootstrap, markdown_table, newcombe, newcombe_paired, not_judged, number_table, rng, wilson)
 from .store import OKABE_ITO, style
@@ -300,20 +300,6 @@ ARM_COLOURS = {"ID": OKABE_ITO[0], "noise": OKABE_ITO[1], "permuted places": OKA
                "off the plane": OKABE_ITO[4], "agreeing ID": OKABE_ITO[7],
                "subject only": OKABE_ITO[5], "object only": OKABE_ITO[3]}
 
-def plot_line(
-    ax, # matplotlib axes
-    x, # (K,)
-    estimates, # {value, low, high} of lists of K, or K estimates
-    fmt:str="-", # of the line
-    size:int=4, # of the markers
-    **options, # of the line
-):
-    "A line of numbers with their 95 % intervals."
-    found = estimates
-    if not hasattr(found, "keys"): found = {key: [one[key] for one in estimates] for key in ("value", "low", "high")}
-    line, = ax.plot(x, found["value"], fmt, marker="o", markersize=size, **options)
-    ax.fill_between(x, found["low"], found["high"], color=line.get_color(), alpha=0.14, linewidth=0)
-
 def zero_line(ax):
     "A line where nothing changes."
     ax.axhline(0, color="0.4", linewidth=0.8, linestyle="--")
@@ -408,6 +394,15 @@ def plot_fig2(
     return fig
 
 # %% ../nbs/04_steering.ipynb #a256e6ae
+def rows_of(
+    *finds, # functions of (layer, samples) -> to (b, P, d), origin (b, P, d)
+): # one such function of all their rows
+    "Pushes of several rows, one after the other."
+    def find(layer, samples):
+        ends = zip(*(one(layer, samples) for one in finds))
+        return tuple(torch.cat(end, 1) for end in ends)
+    return find
+
 def moves_by_slot(
     slots, # `SpatialIDs` of each row: read at the first noun, at the second, ...
     to, # (B, P, 2) place (column, row) to go to, for each query and row
@@ -418,11 +413,7 @@ def moves_by_slot(
     ValueError for another number of slots than of words."""
     if len(slots) != to.shape[1]:
         raise ValueError(f"{len(slots)} sets of IDs for {to.shape[1]} words: give one for each")
-    finds = [moves(ids, to[:, k:k + 1], origin[:, k:k + 1]) for k, ids in enumerate(slots)]
-    def find(layer, samples):
-        ends = [one(layer, samples) for one in finds]
-        return tuple(torch.cat(end, 1) for end in zip(*ends))
-    return find
+    return rows_of(*(moves(ids, to[:, k:k + 1], origin[:, k:k + 1]) for k, ids in enumerate(slots)))
 
 # %% ../nbs/04_steering.ipynb #34372474
 def chosen_dose(
@@ -531,8 +522,9 @@ def whole_word_swaps(
     alphas, # α
 ) -> dict: # {α: {"ID", "noise", "permuted places": (L, B)}}
     "Swapped beliefs when the pushes of `dose_edits` are on every sub-token: a sweep for each number of sub-tokens."
-    words = [tuple(k for _, k in rows_of_words(vlm, query)) for query in queries]
-    swaps = {a: {arm: np.zeros((len(layers), len(queries))) for arm in DOSE_COLUMNS[:3]} for a in alphas}
+    def words_of(query): return tuple(k for _, k in rows_of_words(vlm, query))
+    def none(): return {arm: np.zeros((len(layers), len(queries))) for arm in DOSE_COLUMNS[:3]}
+    words, swaps = list(map(words_of, queries)), {a: none() for a in alphas}
     for alike in sorted(set(words)):
         which = np.flatnonzero([of == alike for of in words])
         rows = partial(word_by_word, which=which, words=alike)
@@ -625,6 +617,14 @@ def dose_points(
     return points
 
 # %% ../nbs/04_steering.ipynb #f019547b
+def _mark_chosen(ax, best, words):
+    "At the chosen layer, bold: the IDs on whole words (dashed), and a ring at the chosen dose."
+    ax.set_title(f"layer {best['layer']}, chosen", fontsize=10, fontweight="bold")
+    by_dose = [arms["ID"][0] for arms in words.values()]
+    plot_line(ax, list(words), by_dose, "--", color=ARM_COLOURS["ID"], label="ID, whole words")
+    ax.plot(best["alpha"], best["ID"]["value"], "o", markersize=13, markerfacecolor="none",
+            markeredgecolor=OKABE_ITO[7], label="dose chosen on the other half")
+
 @style()
 def plot_dose_choice(
     swaps:dict, # {α: {arm: (L, B)}}
@@ -637,19 +637,16 @@ def plot_dose_choice(
     name:str, # of the model
 ):
     "Swaps by dose at the chosen layer and its neighbours, and the numbers at the chosen dose."
-    n, (best, paper), reported = len(shown), rows.values(), slice(n_choice, None)
-    by_alpha, words = wilson_by_layer(swaps, reported), wilson_by_layer(on_words, reported)
+    n, reported = len(shown), slice(n_choice, None)
+    best, paper = rows.values()
+    by_alpha = wilson_by_layer(swaps, reported)
     fig, panels = plt.subplots(1, n + 1, figsize=(2.1 * n + 5, 4), width_ratios=[1] * n + [1.6])
     for ax, layer in zip(panels, shown):
         plot_dose(ax, by_alpha, layers.index(layer))
         ax.set_title(f"layer {layer}", fontsize=10)
         ax.tick_params(labelsize=8, labelleft=layer == shown[0])
     chosen = panels[shown.index(best["layer"])]
-    chosen.set_title(f"layer {best['layer']}, chosen", fontsize=10, fontweight="bold")
-    plot_line(chosen, list(words), [arms["ID"][0] for arms in words.values()], "--", color=ARM_COLOURS["ID"],
-              label="ID, whole words")
-    chosen.plot(best["alpha"], best["ID"]["value"], "o", markersize=13, markerfacecolor="none",
-                markeredgecolor=OKABE_ITO[7], label="dose chosen on the other half")
+    _mark_chosen(chosen, best, wilson_by_layer(on_words, reported))
     panels[0].set_ylabel(f"beliefs swapped (n = {best['ID']['n']})")
     fig.legend(*chosen.get_legend_handles_labels(), loc="outside lower left", ncols=3, fontsize=8)
     plot_estimates(panels[-1], dose_points(rows, ceiling))
@@ -799,6 +796,20 @@ def largest_only(ids:SpatialIDs) -> SpatialIDs:
     return SpatialIDs(**{**fields, "protocol": "released"})
 
 # %% ../nbs/04_steering.ipynb #a092108e
+def _variant_pushes(ids, queries, beliefs, alpha, scale): # scale: of `released_scale`
+    "{variant: where to and from, scale and, where it is another, the rule}, see `pushing`."
+    ends = opposing(queries, beliefs)
+    find = moves(ids, *ends)
+    through = moves(ids, *opposing(queries, beliefs, 1.5)) # between the two middle rows (columns) of the grid
+    by_truth = moves(ids, *opposing(queries, [query.truth for query in queries]))
+    return {f"rule each_norm, α = {alpha:g}": (find, alpha, "each_norm"),
+            f"rule raw, α = {alpha:g}": (find, alpha, "raw"), "rule diff_norm, α = 1": (find, 1.0),
+            "norm and token of the released script": (find, scale),
+            "through the middle of the grid": (through, alpha),
+            "through the middle of the grid, α = 1": (through, 1.0),
+            "IDs of the largest objects only": (moves(largest_only(ids), *ends), alpha),
+            "against the truth, not the belief": (by_truth, alpha)}
+
 def variant_edits(
     vlm:VLM,
     ids:SpatialIDs,
@@ -809,22 +820,12 @@ def variant_edits(
     seed:int=0,
 ) -> dict: # edits of `sweep`: "variant/ID", "variant/noise"; of "subject only" the noise, its ID is an arm of Figure 2
     "Variants of the push of Figure 2, one choice changed at a time."
-    to, origin = opposing(queries, beliefs)
-    find = moves(ids, to, origin)
-    through = moves(ids, *opposing(queries, beliefs, 1.5)) # between the two middle rows (columns) of the grid
-    by_truth = moves(ids, *opposing(queries, [query.truth for query in queries]))
     scale = released_scale(vlm, queries, alpha, layers)
     def first_token(query): return [occurrences(vlm, query, mark)[0] for mark in BOTH]
-    variants = {f"rule each_norm, α = {alpha:g}": (find, alpha, "each_norm"),
-                f"rule raw, α = {alpha:g}": (find, alpha, "raw"), "rule diff_norm, α = 1": (find, 1.0),
-                "norm and token of the released script": (find, scale),
-                "through the middle of the grid": (through, alpha),
-                "through the middle of the grid, α = 1": (through, 1.0),
-                "IDs of the largest objects only": (moves(largest_only(ids), to, origin), alpha),
-                "against the truth, not the belief": (by_truth, alpha)}
-    noise = pushing(moves(ids, to[:, :1], origin[:, :1]), alpha, instead=gaussian(vlm.width, 1, seed, 0))
+    to, origin = (ends[:, :1] for ends in opposing(queries, beliefs)) # of the subject
+    noise = pushing(moves(ids, to, origin), alpha, instead=gaussian(vlm.width, 1, seed, 0))
     edits = {"subject only/noise": ("subject", noise)}
-    for name, how in variants.items():
+    for name, how in _variant_pushes(ids, queries, beliefs, alpha, scale).items():
         group = first_token if "token" in name else BOTH
         both = with_noise(vlm.width, *how, group=group, seed=seed)
         edits |= {f"{name}/{arm}": edit for arm, edit in both.items()}
@@ -1024,19 +1025,20 @@ def apart_edits(
     return edits
 
 # %% ../nbs/04_steering.ipynb #66400574
+SIDE = 4 # cells on a side of the grid of IDs
+
 def line_edits(
     ids:SpatialIDs,
     n:int, # queries
     alpha:float=5.0,
-    m:int=4, # cells on a side
 ) -> dict: # edits of `sweep`: "x0" to "x3", "y0" to "y3", and the same with " middle"
     "The subject pushed to each place of a line, from the opposite one: along the first row or column, or the middle."
     edits = {}
-    for name, across in (("", 0), (" middle", (m - 1) / 2)):
+    for name, across in (("", 0), (" middle", (SIDE - 1) / 2)):
         for axis in "xy":
-            cells = [(k, across) if axis == "x" else (across, k) for k in range(m)]
-            for k in range(m):
-                find = moves(ids, same_places(n, [cells[k]]), same_places(n, [cells[m - 1 - k]]))
+            cells = [(k, across) if axis == "x" else (across, k) for k in range(SIDE)]
+            for k in range(SIDE):
+                find = moves(ids, same_places(n, [cells[k]]), same_places(n, [cells[-1 - k]]))
                 edits[f"{axis}{k}{name}"] = "subject", pushing(find, alpha, "raw")
     return edits
 
@@ -1138,11 +1140,10 @@ def changes_along(
     s, # `Sweep` of `line_edits`
     axis:str, # "x", "y"
     middle:bool=False, # along the middle of the grid instead of its first row or column
-    m:int=4, # places
-) -> np.ndarray: # (L, B, m, 2)
+) -> np.ndarray: # (L, B, SIDE, 2)
     "Changes of the log-probabilities of both answers, for each place of the line."
     name = " middle" if middle else ""
-    return np.stack([change(s, f"{axis}{k}{name}") for k in range(m)], 2)
+    return np.stack([change(s, f"{axis}{k}{name}") for k in range(SIDE)], 2)
 
 # %% ../nbs/04_steering.ipynb #59892f90
 def answer_groups(
@@ -1294,11 +1295,10 @@ def direction_numbers(
 def step_norms(
     ids:SpatialIDs,
     layer:int,
-    m:int=4, # cells on a side
-) -> dict: # {"row", "column": m norms}
+) -> dict: # {"row", "column": SIDE norms}
     "Norm of the step across the grid in each row, and in each column."
-    rows = [float(np.linalg.norm(ids.step((0, k), (m - 1, k), layer))) for k in range(m)]
-    columns = [float(np.linalg.norm(ids.step((k, 0), (k, m - 1), layer))) for k in range(m)]
+    rows = [float(np.linalg.norm(ids.step((0, k), (SIDE - 1, k), layer))) for k in range(SIDE)]
+    columns = [float(np.linalg.norm(ids.step((k, 0), (k, SIDE - 1), layer))) for k in range(SIDE)]
     return {"row": rows, "column": columns}
 
 # %% ../nbs/04_steering.ipynb #584b4070
@@ -1339,15 +1339,15 @@ def arranged(
     index:int, # of the scene
     cells, # (column, row) of each thing
     seed:int, # of names and colours
-    m:int=4, # cells on a side
 ) -> Scene:
     "A scene of different things in given cells."
     g, names = rng(seed, "arranged", index), source.objects.names
     picked = [names[i] for i in g.choice(len(names), len(cells), replace=False)]
     colours = [list(COLOURS)[i] for i in g.integers(len(COLOURS), size=len(cells))]
     if source.objects.folder: colours = [None] * len(cells)
-    placed = zip(picked, colours, cells)
-    things = [Thing(name, colour, (x + 0.5) / m, (y + 0.5) / m, 0.9 / m, 2.0, True) for name, colour, (x, y) in placed]
+    things = []
+    for name, colour, (x, y) in zip(picked, colours, cells):
+        things.append(Thing(name, colour, (x + 0.5) / SIDE, (y + 0.5) / SIDE, 0.9 / SIDE, 2.0, True))
     return Scene(tuple(things), 0.3, index, source)
 
 def question_about(
@@ -1426,13 +1426,12 @@ def relation_edits(
     subjects:np.ndarray, # (B, 2) cells
     axis:int, # along which the subject moves: 0, 1
     alpha:float=5.0,
-    m:int=4, # cells on a side
 ) -> dict: # edits of `sweep`: "push/0" to "push/3"
     "The subject pushed to every cell of its row or column, by every push of `relation_pushes`."
     edits = {}
-    for k in range(m):
+    for k in range(SIDE):
         to, opposite = subjects.copy(), subjects.copy()
-        to[:, axis], opposite[:, axis] = k, m - 1 - k
+        to[:, axis], opposite[:, axis] = k, SIDE - 1 - k
         leave = {"opposite": opposite, "subject": subjects}
         for name, (origin, scale) in relation_pushes(alpha).items():
             find = moves(ids, to[:, None], leave[origin][:, None])
@@ -1443,18 +1442,16 @@ def relation_edits(
 def implied_distances(
     others:np.ndarray, # (B, 2) cells of the thing, or of the end of the line
     axis:int, # along which the subject moves
-    m:int=4, # cells on a side
-) -> np.ndarray: # (B, m)
+) -> np.ndarray: # (B, SIDE)
     "How far from the other thing each target cell is along the axis."
-    return np.abs(np.arange(m) - others[:, axis, None])
+    return np.abs(np.arange(SIDE) - others[:, axis, None])
 
 def relation_changes(
     s, # `Sweep` of `relation_edits`
     push:str, # of `relation_pushes`
-    m:int=4, # cells on a side
-) -> np.ndarray: # (L, B, m, 2)
+) -> np.ndarray: # (L, B, SIDE, 2)
     "Changes of the log-probabilities of both answers, for every target."
-    return np.stack([change(s, f"{push}/{k}") for k in range(m)], -2)
+    return np.stack([change(s, f"{push}/{k}") for k in range(SIDE)], -2)
 
 # %% ../nbs/04_steering.ipynb #38208605
 def right_share(
@@ -1467,7 +1464,7 @@ def right_share(
 def relation_numbers(
     s, # `Sweep` of `relation_edits`
     push:str, # of `relation_pushes`
-    implied:np.ndarray, # (B, m)
+    implied:np.ndarray, # (B, SIDE)
     words, # both answers
     layer:int,
     sign:int=1, # −1: the second answer is that of small distances
@@ -1496,7 +1493,7 @@ def relation_table(
 
 # %% ../nbs/04_steering.ipynb #54f87eca
 def _plot_implied(ax, values, implied, words, seed):
-    "Changes of both answers against what the targets imply: values (B, m, 2), implied (B, m)."
+    "Changes of both answers against what the targets imply: values (B, SIDE, 2), implied (B, SIDE)."
     for k, (word, colour) in enumerate(zip(words, (OKABE_ITO[0], OKABE_ITO[3]))):
         at = {distance: values[implied == distance][:, k] for distance in range(implied.shape[1])}
         found = {distance: bootstrap(v, seed=seed) for distance, v in at.items() if len(v)}
@@ -1518,7 +1515,7 @@ def _plot_relation_slopes(ax, numbers, layers):
 @style()
 def plot_relation(
     s, # `Sweep` of `relation_edits`
-    implied:np.ndarray, # (B, m)
+    implied:np.ndarray, # (B, SIDE)
     words, # both answers
     numbers:dict, # {push: of `relation_numbers`}; the changes drawn are those of the second
     layer:int,
@@ -1606,13 +1603,6 @@ def plot_ring(
     return fig
 
 # %% ../nbs/04_steering.ipynb #90c0f18c
-def scene_place(
-    thing:Thing,
-    m:int=4, # cells on a side
-) -> tuple: # (column, row); whole numbers at the middle of a cell
-    "Where a thing is, in cells."
-    return m * thing.x - 0.5, m * thing.y - 0.5
-
 def movable_questions(
     source:QuestionSource,
     n:int,
@@ -1623,11 +1613,10 @@ def movable_questions(
         if len(queries) == n: break
         query = scene.ask("left_right", rng(source.seed, "question", scene.index))
         if not query: continue
-        subject = next(thing for thing in scene.things if thing.name == query.words["subject"])
         scenes.append(scene)
         template = kind.wording(source.instruction)
         queries.append(replace(query, image=scene.image(), template=template, answers=kind.answers))
-        places.append([scene_place(subject)])
+        places.append([scene_place(scene.thing(query.words["subject"]))])
     return scenes, queries, np.array(places)
 
 # %% ../nbs/04_steering.ipynb #7a57b422
@@ -1676,7 +1665,7 @@ def path_changes(
     scenes:list,
     queries:list, # about the scenes
     places:np.ndarray, # (B, 1, 2) of the subjects
-    columns:np.ndarray, # K of them, inside the picture
+    columns:np.ndarray, # (K,), inside the picture
     layer:int,
     alpha:float=5.0,
 ) -> dict: # {"real picture", "real rows", names of `path_names`: (B, K)}
@@ -1697,7 +1686,7 @@ def outside_changes(
     ids:SpatialIDs,
     queries:list,
     places:np.ndarray, # (B, 1, 2) of the subjects
-    columns:np.ndarray, # K of them, outside the picture
+    columns:np.ndarray, # (K,), outside the picture
     layer:int,
     alpha:float=5.0,
 ) -> dict: # {name of `path_names`: (B, K)}
@@ -1725,24 +1714,25 @@ def beyond_steps(
 # %% ../nbs/04_steering.ipynb #afdea18d
 PATH_COLOURS = (OKABE_ITO[7], OKABE_ITO[2], OKABE_ITO[0], OKABE_ITO[4])
 
+def _with_ends(inside, outside): # (B, K), (B, 4) -> (B, K + 4)
+    "Numbers along a path between those of the two columns on either side."
+    return np.hstack([outside[:, :2], inside, outside[:, 2:]])
+
 @style()
 def plot_path(
     path:dict, # {name: (B, K)} of `path_changes`
-    inside:np.ndarray, # K columns
+    inside:np.ndarray, # (K,) columns
     path_outside:dict, # {name: (B, 4)} of `outside_changes`
-    outside:np.ndarray, # 4 columns, two on either side
+    outside:np.ndarray, # (4,) columns, two on either side
     layer:int,
     seed:int=0, # of the bootstrap
 ):
     "The belief along the path of the subject, with the real picture and without."
     fig, (wide, close) = plt.subplots(1, 2, figsize=(9.5, 3.4))
+    everywhere = np.concatenate([outside[:2], inside, outside[2:]])
     for (name, values), colour in zip(path.items(), PATH_COLOURS):
-        x = inside
-        if name in path_outside:
-            beyond = path_outside[name]
-            x = np.concatenate([outside[:2], inside, outside[2:]])
-            values = np.hstack([beyond[:, :2], values, beyond[:, 2:]])
-        found = bootstrap(values, seed=seed)
+        if name in path_outside: values = _with_ends(values, path_outside[name])
+        x, found = everywhere if name in path_outside else inside, bootstrap(values, seed=seed)
         for ax in (wide,) if name == "real picture" else (wide, close):
             plot_line(ax, x, found, color=colour, label=name)
     for ax in (wide, close):
@@ -1799,15 +1789,6 @@ def word_scenes(
     return subsample(scenes, 2)
 
 # %% ../nbs/04_steering.ipynb #a2f007a6
-def rows_of(
-    *finds, # functions of (layer, samples) -> to (b, P, d), origin (b, P, d)
-): # one such function of all their rows
-    "Pushes of several rows, one after the other."
-    def find(layer, samples):
-        ends = zip(*(one(layer, samples) for one in finds))
-        return tuple(torch.cat(end, 1) for end in ends)
-    return find
-
 def mean_of(
     *finds, # functions of (layer, samples) -> to (b, P, d), origin (b, P, d)
 ): # one such function
@@ -1900,7 +1881,7 @@ def id_strength(
     "Norm of the IDs over that of the residual stream at the subject, times R² of the linear map."
     residual = run.residual(layer, "subject")[:, 0].float().norm(dim=-1).mean()
     relative = float(np.linalg.norm(ids.at(layer), axis=-1).mean() / residual)
-    r2 = ids.linear_r2(layer, n_draws=2, n_null=2)["value"]
+    r2 = ids.linear_r2(layer, n_null=2)["value"]
     return {"relative_norm": relative, "r2": r2, "strength": relative * r2}
 
 # %% ../nbs/04_steering.ipynb #f98031d5
@@ -1935,15 +1916,14 @@ def pad_figure(
     log_odds:np.ndarray, # (L,) of the second answer
     before:float, # the same without steering
     layers:list,
-    m:int=4,
 ):
     "One frame: the picture with the believed place, the probability of the second answer by layer of the push."
     w, h = query.image.size
-    for k in range(1, m):
-        picture.axvline(k * w / m - 0.5, color="w", linewidth=0.6, alpha=0.7)
-        picture.axhline(k * h / m - 0.5, color="w", linewidth=0.6, alpha=0.7)
+    for k in range(1, SIDE):
+        picture.axvline(k * w / SIDE - 0.5, color="w", linewidth=0.6, alpha=0.7)
+        picture.axhline(k * h / SIDE - 0.5, color="w", linewidth=0.6, alpha=0.7)
     picture.imshow(query.image)
-    x, y = (cell[0] + 0.5) * w / m, (cell[1] + 0.5) * h / m
+    x, y = (cell[0] + 0.5) * w / SIDE, (cell[1] + 0.5) * h / SIDE
     picture.scatter(x, y, s=160, marker="o", facecolor="none", edgecolor=OKABE_ITO[6], linewidth=2.5)
     picture.set(xticks=[], yticks=[], title=f"{query.words['subject']} at {tuple(cell)}")
     line.axhline(before, color="0.5", linestyle="--", linewidth=1)

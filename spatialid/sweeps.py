@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['THRESHOLDS', 'first_affected', 'Clean', 'Cells', 'Resumed', 'log_sum_exp_kernel', 'attention', 'Batch', 'Recomputed',
            'recomputed', 'draw_recomputed', 'Sweep', 'sweep', 'room', 'in_float64', 'largest_difference',
-           'draw_exactness', 'rounding', 'middle_third', 'swept_layers', 'layers_near', 'at_every_layer', 'Shift',
-           'change', 'odds', 'slope', 'complement', 'forward_passes']
+           'draw_exactness', 'rounding', 'third', 'middle_third', 'swept_layers', 'layers_near', 'at_every_layer',
+           'Shift', 'change', 'odds', 'slope', 'complement', 'forward_passes']
 
 # %% ../nbs/00_sweeps.ipynb #5b9b04c3
 import inspect, time, warnings
@@ -22,7 +22,7 @@ from fastcore.basics import patch
 from tqdm import tqdm
 from transformers import AttentionInterface, DynamicCache
 
-from .hooks import VLM, Run, check_same_length
+from .hooks import VLM, Run, as_rows, check_same_length
 from .query import Query, ordered
 from .stats import bootstrap
 from .store import OKABE_ITO
@@ -522,14 +522,7 @@ def _as_edit(name, new, n_queries):
     "A function of (rows, layer, samples) from one of that kind, from one of the rows alone, or from rows to write."
     function = _written(name, new, n_queries) if not callable(new) else new
     if len(inspect.signature(function).parameters) == 1: function = lambda rows, layer, samples: new(rows)
-    def checked(rows, layer, samples):
-        found = function(rows, layer, samples)
-        try: return found.expand_as(rows)
-        except (RuntimeError, AttributeError) as e:
-            given = tuple(found.shape) if hasattr(found, "shape") else type(found).__name__
-            raise ValueError(f"the edit '{name}' gives {given} for rows {tuple(rows.shape)} (queries, rows, width): "
-                             "give as many") from e
-    return checked
+    return lambda rows, layer, samples: as_rows(function(rows, layer, samples), rows, f"the edit '{name}'")
 
 def _written(name, new, n_queries):
     "An edit that writes rows (rows, width), or (queries, rows, width). ValueError for rows of other queries."
@@ -800,11 +793,19 @@ def rounding(
             "decisions_changed": int(changed.sum()), "decisions": len(changed)}
 
 # %% ../nbs/00_sweeps.ipynb #8540da25
+def third(
+    which:str, # "first", "middle", "last"
+    n_layers:int, # N
+) -> list: # layers
+    "A third of the layers; the last layer of all belongs to none. ValueError for another name."
+    part = ("first", "middle", "last").index(which)
+    return [l for l in range(1, n_layers) if part * n_layers < 3 * l <= (part + 1) * n_layers]
+
 def middle_third(
-    n_layers:int,
+    n_layers:int, # N
 ) -> list: # layers; the last layer of all is left out
     "The layers of §4.3."
-    return [l for l in range(1, n_layers) if n_layers < 3 * l <= 2 * n_layers]
+    return third("middle", n_layers)
 
 def swept_layers(
     n_layers:int, # N
@@ -823,11 +824,10 @@ def layers_near(
     layers:list, # that are swept
     n_layers:int, # N
     chosen:int,
-    around:int=2,
 ) -> list: # of `layers`, in order
     """The swept layers of the middle third and around a chosen one; all of them up to twelve blocks."""
     middle = middle_third(n_layers)
-    return [l for l in layers if n_layers <= 12 or l in middle or abs(l - chosen) <= around]
+    return [l for l in layers if n_layers <= 12 or l in middle or abs(l - chosen) <= 2]
 
 def at_every_layer(
     values:np.ndarray, # (L, ...)

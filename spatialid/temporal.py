@@ -7,15 +7,14 @@ __all__ = ['OPPOSITE', 'ORDER_WORDS', 'CONTROL_WORDS', 'AXES', 'video_model', 't
            'order_questions', 'plot_videos', 'mirror_groups', 'sideways_shift', 'shift_estimates', 'ends_of',
            'plot_mirror', 'partners', 'plot_grid_video', 'rank_correlation', 'time_statistics', 'in_time',
            'line_statistics', 'with_null', 'middle_half', 'most_linear', 'fixed_order_ids', 'untrained_copy',
-           'order_words', 'in_frames', 'time_axis', 'word_gaps', 'frame_colours', 'draw_band', 'draw_frames',
-           'draw_words', 'draw_layers', 'draw_gaps', 'moments', 'push_to', 'noise_to', 'frame_span', 'end_edits',
-           'end_effects', 'first_answers', 'answers_turned', 'end_swaps', 'path_moments', 'path_edits',
-           'end_dose_edits', 'shifts_along', 'by_word', 'frame_slopes', 'without_value', 'permuted_slopes',
-           'dose_effects', 'draw_answers', 'draw_effects', 'draw_doses', 'plot_truths', 'through_files',
-           'answers_from_files', 'side_questions', 'axis_step', 'axis_edits', 'half_step', 'moved_along',
-           'moved_at_random', 'axis_layers', 'cross_effects', 'off_over_on', 'draw_cells', 'draw_geometry',
-           'draw_cross', 'judged', 'smaller_slope', 'plane', 'with_stored', 'weakest_line', 'layers_shown',
-           'draw_plane', 'plot_planes']
+           'order_words', 'in_frames', 'time_axis', 'word_gaps', 'frame_colours', 'draw_frames', 'draw_words',
+           'draw_layers', 'draw_gaps', 'moments', 'push_to', 'noise_to', 'frame_span', 'end_edits', 'end_effects',
+           'first_answers', 'answers_turned', 'end_swaps', 'path_moments', 'path_edits', 'end_dose_edits',
+           'shifts_along', 'by_word', 'frame_slopes', 'permuted_slopes', 'dose_effects', 'draw_answers', 'draw_effects',
+           'draw_doses', 'plot_truths', 'through_files', 'answers_from_files', 'side_questions', 'axis_step',
+           'axis_edits', 'half_step', 'moved_along', 'moved_at_random', 'axis_layers', 'cross_effects', 'off_over_on',
+           'draw_cells', 'draw_geometry', 'draw_cross', 'judged', 'smaller_slope', 'plane', 'with_stored',
+           'weakest_line', 'layers_shown', 'draw_plane', 'plot_planes']
 
 # %% ../nbs/08_temporal.ipynb #665351ca
 import json
@@ -29,15 +28,14 @@ from PIL import ImageOps
 from scipy.stats import rankdata
 
 from .edits import at_place, gaussian, pushing
-from .extraction import SpatialIDs, null_of
+from .extraction import SpatialIDs, middle_layers, null_of
 from .groups import figure4_groups, object_spans, random_words
 from .hooks import VLM
-from .plots import plot_curves
+from .plots import plot_curves, plot_line, ticks
 from .query import Query
 from .questions import BEFORE_AFTER, LEFT_RIGHT, answers_right
 from .scenes import FreeScenes, Scene
-from .stats import as_text, bootstrap, estimate, resample, rng, wilson, with_interval
-from .plots import ticks
+from .stats import Estimate, as_text, bootstrap, estimate, not_judged, resample, rng, wilson, with_interval
 from .store import OKABE_ITO, load_results, results_dir
 from .sweeps import change, odds, slope, sweep
 from .videos import GridVideo, Video, Videos, read_video, write_video
@@ -250,14 +248,14 @@ def in_time(
 # %% ../nbs/08_temporal.ipynb #82f5411d
 def line_statistics(
     units:np.ndarray, # (object, F, d), from `in_time`
-    n_draws:int=1000, # bootstrap draws
+    n_draws:int=1000, # of the bootstrap of "last", the other intervals are by jackknife
     n_null:int=1000, # permutations
     seed:int=0,
 ) -> dict: # {name: {value, low, high, n, null_mean, null_high, p}}; pc1 without null: it does not depend on the order
     "`time_statistics` of the mean over objects, with intervals over objects and the null of permuted frames."
     def shares(gram): return {name: value for name, value in time_statistics(gram).items() if name != "last"}
     def last_step(some): return time_statistics(some.mean(0) @ some.mean(0).T)["last"]
-    measured = with_interval(shares, units, weights=np.ones(len(units)), n_draws=n_draws, seed=seed)
+    measured = with_interval(shares, units, weights=np.ones(len(units)))
     measured["last"] = bootstrap(units, last_step, n=n_draws, seed=seed) # no share: may be above 1
     mean = units.mean(0)
     order = np.argsort(rng(seed, "frames").random((n_null, len(mean))), 1)
@@ -284,7 +282,8 @@ def middle_half(
     n_layers:int,
 ) -> list: # of layers
     "Those of the layers that are in the middle half of the blocks."
-    return [layer for layer in layers if n_layers < 4 * layer <= 3 * n_layers]
+    middle = middle_layers(n_layers)
+    return [layer for layer in layers if layer in middle]
 
 def most_linear(
     ids:SpatialIDs, # of a grid of frames × places
@@ -389,20 +388,6 @@ def frame_colours(
     from matplotlib import colormaps # here, for the command line to answer at once
     return colormaps["viridis"](np.linspace(0, .9, n))
 
-# %% ../nbs/08_temporal.ipynb #76f7470e
-def draw_band(
-    ax, # matplotlib axes
-    layers:list,
-    numbers:list, # of {value, low, high}, one for each layer
-    colour:str,
-    label:str,
-):
-    "Values at layers, with their intervals where there are any."
-    ax.plot(layers, [one["value"] for one in numbers], marker="o", markersize=4, color=colour, label=label)
-    if numbers[0]["low"] is None: return
-    low, high = ([one[end] for one in numbers] for end in ("low", "high"))
-    ax.fill_between(layers, low, high, color=colour, alpha=.15, linewidth=0)
-
 # %% ../nbs/08_temporal.ipynb #d6eb12ba
 def draw_frames(
     ax, # matplotlib axes
@@ -446,8 +431,8 @@ def draw_layers(
 ):
     "Shares of variance by layer, with the null's 95 % quantile of R², and R² without training."
     layers = list(by_layer)
-    draw_band(ax, layers, [one["r2"] for one in by_layer.values()], OKABE_ITO[0], "R² of a line in time")
-    draw_band(ax, layers, [one["pc1"] for one in by_layer.values()], OKABE_ITO[1], "first component")
+    plot_line(ax, layers, [one["r2"] for one in by_layer.values()], color=OKABE_ITO[0], label="R² of a line in time")
+    plot_line(ax, layers, [one["pc1"] for one in by_layer.values()], color=OKABE_ITO[1], label="first component")
     ax.plot(layers, [one["r2"]["null_high"] for one in by_layer.values()], color="0.4", linestyle=":",
             label="R² of frames in random order, 95 %")
     if untrained:
@@ -463,7 +448,7 @@ def draw_gaps(
     "Second less first word along the axis of time, by layer, of before and after (blue) and of the control words."
     layers, names = list(gaps), [name for name in next(iter(gaps.values())) if name != "over controls"]
     for name, colour in zip(names, (OKABE_ITO[0], "0.35", "0.55", "0.75")):
-        draw_band(ax, layers, [of_layer[name] for of_layer in gaps.values()], colour, name)
+        plot_line(ax, layers, [of_layer[name] for of_layer in gaps.values()], color=colour, label=name)
     ax.axhline(0, color="0.4", linewidth=.8, linestyle="--")
     ax.set(xlabel="layer ℓ", ylabel="frames", xticks=ticks(layers))
     ax.legend(fontsize=7)
@@ -642,18 +627,11 @@ def frame_slopes(
     frames = np.arange(1, n_frames + 1.)
     to, paper = (odds(shifts_along(swept, [f"{arm} {f:g}" for f in frames])) for arm in ("to", "paper"))
     def rise(log_odds, mask):
-        if not mask.any(): return without_value(0)
+        if not mask.any(): return Estimate(None)
         return bootstrap(slope(log_odds[mask], frames), seed=seed)
     found = {f"truth {word}": rise(to, mask) for word, mask in by_word(swept.truth, which).items()}
     found |= {f"answer {word}": rise(to, mask) for word, mask in by_word(first_answers(swept), which).items()}
     return found | {"all": rise(to, which), "paper's step": rise(paper, which)}
-
-def without_value(
-    n:int,
-    why:str|None=None,
-) -> dict:
-    "An estimate that could not be made, and the reason if there is one to give."
-    return {"value": None, "low": None, "high": None, "n": n, **({"not_judged": why} if why else {})}
 
 # %% ../nbs/08_temporal.ipynb #db8ff316
 def permuted_slopes(
@@ -666,9 +644,8 @@ def permuted_slopes(
     A push adds the ID of one frame, so the IDs in another order give the same numbers in another order."""
     frames = np.arange(1., len(log_odds) + 1)
     orders = [rng(seed, "permuted", i).permutation(log_odds) for i in range(n)]
-    found, measured = slope(np.array(orders), frames), slope(log_odds, frames)
-    p = (1 + (found >= measured - 1e-12).sum()) / (1 + n)
-    return {"mean": float(found.mean()), "high": float(np.quantile(found, .95)), "p": float(p), "n": n}
+    null = null_of(slope(np.array(orders), frames), slope(log_odds, frames) - 1e-12) # equal but for rounding: equal
+    return {"mean": null["null_mean"], "high": null["null_high"], "p": null["p"], "n": n}
 
 # %% ../nbs/08_temporal.ipynb #597cd305
 def dose_effects(
@@ -702,8 +679,7 @@ def draw_answers(
                     for arm, at in (("to", moments), ("paper", frames)))
     for k, (word, colour) in enumerate(zip(OPPOSITE, (OKABE_ITO[0], OKABE_ITO[3]))):
         found = bootstrap(along[..., k], seed=seed)
-        ax.plot(moments, found["value"], marker="o", markersize=4, color=colour, linewidth=1.6, label=f"“{word}”")
-        ax.fill_between(moments, found["low"], found["high"], color=colour, alpha=.15, linewidth=0)
+        plot_line(ax, moments, found, color=colour, linewidth=1.6, label=f"“{word}”")
         ax.plot(frames, paper[..., k].mean(0), marker="x", markersize=4, color=colour, linewidth=0,
                 label=f"“{word}”, the paper's step")
     ax.axvspan(1, n_frames, color="0.93", zorder=0)
@@ -718,7 +694,8 @@ def draw_effects(
     steered:int, # layer
 ):
     "How far the last moment less the first moves the log-odds, at every layer, and the layer that was chosen."
-    for (arm, numbers), colour in zip(by_arm.items(), OKABE_ITO): draw_band(ax, layers, numbers, colour, arm)
+    for (arm, numbers), colour in zip(by_arm.items(), OKABE_ITO):
+        plot_line(ax, layers, numbers, color=colour, label=arm)
     ax.axvline(steered, color="0.4", linestyle=":")
     ax.axhline(0, color="0.4", linewidth=.8, linestyle="--")
     ax.set(xlabel="layer ℓ", ylabel="last less first frame, per frame", xticks=ticks(layers))
@@ -888,7 +865,7 @@ def off_over_on(
     moved = [moved_along(cross[a], axis)[cross[a].layers.index(layer), n:n + count] for a in (other, axis)]
     on_axis, random = effects[f"{axis} on {axis}"], effects[f"{axis} on {axis}, random"]
     if on_axis["low"] <= 0 or random["high"] >= on_axis["low"]:
-        return without_value(count, "it does not move its own question more than random directions do")
+        return not_judged("it does not move its own question more than random directions do", count)
     return bootstrap(np.stack(moved, 1), lambda v: abs(v[:, 0].mean()) / abs(v[:, 1].mean()), seed=seed)
 
 # %% ../nbs/08_temporal.ipynb #1da39d33
@@ -916,7 +893,7 @@ def draw_geometry(
     layers = list(geometry)
     for name, colour, label in (("x", OKABE_ITO[0], "variance on time"), ("y", OKABE_ITO[3], "variance on space"),
                                 ("cosine", "0.3", "cosine of the axes")):
-        draw_band(ax, layers, [geometry[layer][name] for layer in layers], colour, label)
+        plot_line(ax, layers, [geometry[layer][name] for layer in layers], color=colour, label=label)
     ax.axhline(0, color="0.4", linewidth=.8, linestyle="--")
     ax.set(xlabel="layer ℓ", xticks=ticks(layers), ylim=(-1, 1.05))
     ax.legend(fontsize=7, ncols=3, loc="upper center", bbox_to_anchor=(.5, -.18))
@@ -947,14 +924,14 @@ def judged(
 ) -> dict:
     "A number, or none and the reason where the model answers no better than chance."
     poor = [accuracy for accuracy in accuracies if accuracy["low"] <= .5]
-    return without_value(one["n"], f"the model answers {as_text(poor[0])} of these questions right") if poor else one
+    return not_judged(f"the model answers {as_text(poor[0])} of these questions right", one["n"]) if poor else one
 
 def smaller_slope(
     slopes:dict, # of `frame_slopes`
 ) -> dict: # {value, low, high, n}
     "The slope of the true answer whose interval begins lower; none where all videos have the same answer."
     both = [slopes["truth before"], slopes["truth after"]]
-    if any(one["value"] is None for one in both): return without_value(0, "all videos have the same answer")
+    if any(one["value"] is None for one in both): return not_judged("all videos have the same answer")
     return min(both, key=lambda one: one["low"])
 
 # %% ../nbs/08_temporal.ipynb #5b6cff7c
@@ -985,8 +962,8 @@ def weakest_line(
     missing:list, # names of models without results
 ) -> dict: # {value, low, high, n}
     "Of all models the smallest R² over its null; none while models are missing, or where there is only one."
-    if missing: return without_value(0, f"no results of {', '.join(missing)} yet")
-    if len(found) < 2: return without_value(0, "no other model to compare with")
+    if missing: return not_judged(f"no results of {', '.join(missing)} yet")
+    if len(found) < 2: return not_judged("no other model to compare with")
     lines = [one["claims"]["line_over_null"] for one in found.values()]
     return min(lines, key=lambda one: -np.inf if one["low"] is None else one["low"])
 

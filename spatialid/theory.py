@@ -5,20 +5,19 @@
 # %% auto #0
 __all__ = ['LEARNED', 'ROTARY', 'PLANTED', 'FORMS', 'PLANTED_DOSES', 'PAPER_TABLE_2', 'LAYER_FORMS', 'SHOWN', 'SOURCES', 'LADDER',
            'GRID_CELLS', 'WHY', 'NO_TABLE', 'cell_overlap', 'pooled', 'directions', 'low_rank', 'left_out',
-           'cell_places', 'permuted_cells', 'null_statistics', 'explained', 'square', 'encodings', 'rotary_index',
-           'Tiles', 'TileScenes', 'Planted', 'plant', 'planted_r2', 'logit_change', 'eq8_check', 'plot_planted',
-           'planted_shares', 'known_turns', 'measured_turns', 'planted_measures', 'chosen_layer', 'ring_of', 'plane',
-           'linear_encoding', 'null_table', 'with_null', 'components', 'plot_a21', 'table_2', 'table_2_text',
-           'table_2_by_layer', 'rank_3_by_layer', 'with_band', 'plot_table_2', 'geometric_inputs', 'geometry_r2',
-           'constant_shares', 'rank_jumps', 'patch_rows', 'grid_of', 'in_cell', 'attention_of', 'written', 'by_head',
-           'BlockParts', 'Means', 'Written', 'decompose', 'from_weights', 'composed', 'agreement', 'compared',
-           'centred', 'planted_parts_errors', 'by_object', 'ladder', 'ladder_by_layer', 'sum_error', 'try_to_decompose',
-           'ladder_table', 'share_of', 'shares_by_source', 'head_name', 'head_shares', 'strongest_heads', 'heads_table',
-           'plot_weights', 'read_out_questions', 'places_of', 'middle_layers', 'Pushed', 'push_edits',
-           'push_everywhere', 'read_out', 'r_squared', 'every_direction', 'id_steps', 'of_other_questions', 'Judge',
-           'read_outs', 'plain_read_outs', 'read_outs_by_layer', 'plot_read_out', 'line_of', 'why', 'main',
-           'stored_runs', 'supervision_effects', 'runs_table', 'plot_why', 'toy', 'toy_r2', 'table_2_claims',
-           'encoding_claim', 'read_out_claim']
+           'cell_places', 'null_statistics', 'explained', 'square', 'encodings', 'rotary_index', 'Tiles', 'TileScenes',
+           'Planted', 'plant', 'planted_r2', 'logit_change', 'eq8_check', 'plot_planted', 'planted_shares',
+           'known_turns', 'measured_turns', 'planted_measures', 'chosen_layer', 'plane', 'linear_encoding',
+           'null_table', 'with_null', 'components', 'plot_a21', 'table_2', 'table_2_text', 'table_2_by_layer',
+           'rank_3_by_layer', 'plot_table_2', 'geometric_inputs', 'geometry_r2', 'constant_shares', 'rank_jumps',
+           'patch_rows', 'grid_of', 'in_cell', 'attention_of', 'written', 'by_head', 'BlockParts', 'Means', 'Written',
+           'decompose', 'from_weights', 'composed', 'agreement', 'compared', 'centred', 'planted_parts_errors',
+           'by_object', 'ladder', 'ladder_by_layer', 'sum_error', 'try_to_decompose', 'ladder_table', 'share_of',
+           'shares_by_source', 'head_name', 'head_shares', 'strongest_heads', 'heads_table', 'plot_weights',
+           'read_out_questions', 'places_of', 'middle_layers', 'Pushed', 'push_edits', 'push_everywhere', 'read_out',
+           'r_squared', 'every_direction', 'id_steps', 'of_other_questions', 'Judge', 'read_outs', 'plain_read_outs',
+           'read_outs_by_layer', 'plot_read_out', 'line_of', 'why', 'main', 'stored_runs', 'supervision_effects',
+           'runs_table', 'plot_why', 'toy', 'toy_r2', 'table_2_claims', 'encoding_claim', 'read_out_claim']
 
 # %% ../nbs/09_theory.ipynb #0dd24c71
 import argparse
@@ -36,16 +35,17 @@ from torch.nn.functional import pad
 from transformers import LlavaForConditionalGeneration
 
 from .edits import BOTH, add, at_place, gaussian, moves, opposing, pushing
-from spatialid.extraction import (
-    IDAccumulator, SpatialIDs, cell_colour, compare_slots, extract, grid_statistics, index_scenes, orthonormal,
-    plot_ids, subsample)
+from .extraction import (
+    IDAccumulator, SpatialIDs, cell_colour, compare_slots, extract, grid_statistics, index_scenes, null_of,
+    orthonormal, permuted_cells, plot_ids, subsample)
 from .hooks import VLM
 from .organisms import BUILDERS, WHERE, Recipe, Stage, build, train, training_log
 from .query import Query
 from .questions import LEFT_RIGHT, questions
-from .scenes import OBJECTS, FreeScenes, GridScene, GridScenes, Objects, grid_pairs
+from .scenes import (
+    OBJECTS, FreeScenes, GridScene, GridScenes, Objects, each_with_another, grid_pairs, scene_place)
 from .stats import as_text, bootstrap, markdown_table, not_judged, over_seeds, rng, wilson, with_interval
-from .plots import ticks
+from .plots import dot, plot_line, ticks
 from .ceiling import efficiency, mirror_swaps, swapped
 from .store import OKABE_ITO, load_results, provenance, results_dir, write_bytes, write_json
 from .sweeps import attention, in_float64, middle_third, sweep
@@ -152,31 +152,19 @@ def cell_places(m:int=4)->np.ndarray: # (m, m, 2)
 def _columns(rows): return list(dict.fromkeys(chain.from_iterable(rows.values())))
 
 # %% ../nbs/09_theory.ipynb #50571ee3
-def permuted_cells(
-    gram:np.ndarray, # (n, n)
-    n:int=1000, # permutations
-    seed:int=0,
-)->np.ndarray: # (n, n cells, n cells)
-    "Inner products of the IDs after permuting the cells at random."
-    order = np.argsort(rng(seed, "permutations").random((n, len(gram))), axis=1)
-    return gram[order[:, :, None], order[:, None, :]]
-
 def null_statistics(
     value:float, # measured
     null:np.ndarray, # (n,) the same of n permutations
 )->dict: # {null_mean, null_high, p}
-    "Mean and 95 % quantile of a permutation null, and the one-sided p of a value."
-    as_large = (null >= value - 1e-12).sum()
-    high = float(np.quantile(null, 0.95))
-    return {"null_mean": float(null.mean()), "null_high": high, "p": float((1 + as_large) / (1 + len(null)))}
+    "`null_of` of a permutation null; what equals the value but for rounding counts as at least the value."
+    return null_of(null, value - 1e-12)
 
 # %% ../nbs/09_theory.ipynb #e9312df4
 def explained(
     units:np.ndarray, # (object, m², d) IDs of each object
     x:np.ndarray, # (m², d') encoding of the cells
-    weights:np.ndarray, # pairs behind each object
+    weights:np.ndarray, # (object,) pairs behind each
     fit=low_rank, # or `left_out`
-    n_draws:int=1000, # of the bootstrap
     n_null:int=1000, # permutations
     seed:int=0,
     **options, # ranks, kind, centre
@@ -185,7 +173,7 @@ def explained(
 
     Beside it the permutation null: its mean, its 95 % quantile, and p."""
     measure = lambda gram: fit(gram, x, **options)
-    by_rank = with_interval(measure, units, weights=weights, n_draws=n_draws, seed=seed)
+    by_rank = with_interval(measure, units, weights=weights)
     mean = np.average(units, axis=0, weights=weights)
     nulls = measure(permuted_cells(mean @ mean.T, n_null, seed))
     return {r: {**r2, **null_statistics(r2["value"], nulls[r])} for r, r2 in by_rank.items()}
@@ -313,9 +301,8 @@ class Tiles(Objects):
 
 class TileScenes(GridScenes):
     "Grid scenes of patterns on black, each thing beside the one before it."
-    def __init__(self, names, m=4):
-        pairs = [(names[i - 1], name) for i, name in enumerate(names)]
-        super().__init__(pairs, sizes=(224,), m=m, px=8 * m, background="black")
+    def __init__(self, names):
+        super().__init__(each_with_another(names), sizes=(224,), px=32, background="black")
         self.objects = Tiles(names)
 
     def everywhere(self, references)->list: # of `GridScene`
@@ -596,10 +583,6 @@ def chosen_layer(
     layer = of_03["layer"]
     return layer["best"], {*layer["chosen_on"], *layer["reported_on"]}
 
-def ring_of(things:list)->list: # pairs
-    "Each thing beside the one before it."
-    return [(things[i - 1], name) for i, name in enumerate(things)]
-
 # %% ../nbs/09_theory.ipynb #6b64a5e2
 def plane(positions:np.ndarray)->np.ndarray: # (n, 2) orthonormal columns
     "Centred directions of column and row."
@@ -708,7 +691,7 @@ PAPER_TABLE_2 = { # R² of rank 2 and of rank 3
 
 def table_2(
     units:np.ndarray, # (object, 16, d) IDs of each object
-    weights:np.ndarray, # pairs behind each object
+    weights:np.ndarray, # (object,) pairs behind each
     inputs:dict, # {name: (16, d')} encodings of the cells
     n_draws:int=1000, # permutations; of RRR for cells left out, which is slow, a fifth
     seed:int=0,
@@ -719,8 +702,8 @@ def table_2(
         of, options = (units, inputs[name], weights), FORMS[form]
         fewer = n_draws // 5 if "kind" in options else n_draws
         table[name][form] = {
-            "in sample": explained(*of, n_draws=n_draws, n_null=n_draws, seed=seed, **options),
-            "left out": explained(*of, left_out, n_draws=fewer, n_null=fewer, seed=seed, **options)}
+            "in sample": explained(*of, n_null=n_draws, seed=seed, **options),
+            "left out": explained(*of, left_out, n_null=fewer, seed=seed, **options)}
     return table
 
 # %% ../nbs/09_theory.ipynb #fc1f9ef1
@@ -751,7 +734,7 @@ def table_2_by_layer(
 )->dict: # {name: {form: {layer: {rank: {value, low, high, n, null_mean, null_high, p}}}}}
     "R² of PCR of ranks 2 and 3 at every layer."
     by_layer = {}
-    options = dict(n_draws=n_draws, n_null=n_draws, seed=seed, ranks=(2, 3))
+    options = dict(n_null=n_draws, seed=seed, ranks=(2, 3))
     for name, (form, (fit, centring)), layer in product(inputs, LAYER_FORMS.items(), ids.layers):
         units, weights = ids.units(layer)
         by_form = by_layer.setdefault(name, {}).setdefault(form, {})
@@ -764,13 +747,6 @@ def rank_3_by_layer(
     "Of the R² by layer those of rank 3."
     of_rank_3 = lambda layers: {f"layer {l}": by_rank[3] for l, by_rank in layers.items()}
     return {form: of_rank_3(layers) for form, layers in by_layer.items()}
-
-# %% ../nbs/09_theory.ipynb #ae64b9fd
-def with_band(panel, x, estimates, colour, **kwargs):
-    "A line of estimates {value, low, high} with its interval."
-    value, low, high = (np.array([e[key] for e in estimates], dtype=float) for key in ("value", "low", "high"))
-    panel.plot(x, value, color=colour, marker="o", markersize=4 if len(value) <= 12 else 2.5, **kwargs)
-    panel.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
 
 # %% ../nbs/09_theory.ipynb #2531a722
 SHOWN = ( # in the figure of Table 2: form, how, line style, number of the colour
@@ -785,7 +761,7 @@ def _plot_ranks(panel, by_form):
     "R² of every rank, of one encoding, beside the paper's."
     for form, how, dashes, k in SHOWN:
         look = dict(linestyle=dashes, label=f"{form}, {how}")
-        with_band(panel, [1, 2, 3, 4, 5], by_form[form][how].values(), OKABE_ITO[k], **look)
+        plot_line(panel, [1, 2, 3, 4, 5], by_form[form][how].values(), color=OKABE_ITO[k], **look)
     null = [e["null_high"] for e in by_form["PCR, centred"]["in sample"].values()]
     panel.plot([1, 2, 3, 4, 5], null, color="0.5", linestyle=":", label="PCR, in sample: 95 % of the null")
     for marker, (name, r2) in zip("x^+", PAPER_TABLE_2.items()):
@@ -798,7 +774,7 @@ def _plot_rank_3(panel, by_form):
     layers = list(by_form["centred, in sample"])
     for (form, by_rank), dashes, k in zip(by_form.items(), ("--", "-", "-"), (0, 0, 2)):
         rank_3 = [by_rank[l][3] for l in layers]
-        with_band(panel, layers, rank_3, OKABE_ITO[k], linestyle=dashes, label=form)
+        plot_line(panel, layers, rank_3, dashes, dot(layers), color=OKABE_ITO[k], label=form)
     null = [by_form["centred, in sample"][l][3]["null_high"] for l in layers]
     panel.plot(layers, null, color="0.5", linestyle=":")
     panel.set_title("PCR of rank 3 by layer", fontsize=9)
@@ -831,8 +807,8 @@ def geometric_inputs()->dict: # {name: (16, k)}
 
 def geometry_r2(
     units:np.ndarray, # (object, 16, d) IDs of each object
-    weights:np.ndarray, # pairs behind each object
-    **draws, # n_draws, n_null, seed of `explained`
+    weights:np.ndarray, # (object,) pairs behind each
+    **draws, # n_null, seed of `explained`
 )->dict: # {name: {"in sample", "left out": {value, low, high, n, null_mean, null_high, p}}}
     "R² of the IDs on column and row and their products, all of them used."
     r2 = {}
@@ -1050,6 +1026,9 @@ class Written:
     means: dict # {object: [`Means`, …]}, one for each pair it is in
     error: float # largest |received + written − handed on|, of the largest entry
 
+    @property
+    def cells_on_side(self)->int: return self.mlps.table.shape[-2] # m
+
 # %% ../nbs/09_theory.ipynb #2a53a32a
 class _Sums:
     "Running sums of what is written, over the batches of some scenes."
@@ -1129,10 +1108,10 @@ def _attended(block, pattern, value): # pattern (H, T), value (m², T, ·) -> (m
     "What all heads add to a row through one pattern of attention in all cells."
     return _plain(by_head(block, pattern[None].expand(len(value), -1, -1), value).sum(1))
 
-def from_weights(vlm:VLM, parts:Written, m:int=4)->np.ndarray: # (L, m², d)
+def from_weights(vlm:VLM, parts:Written)->np.ndarray: # (L, m², d)
     "What Eq. 7 predicts for each cell after each block: weights, one mean attention per head, the positional basis."
     at_word = [means.scales["behind"][:, :, -1] for means in chain.from_iterable(parts.means.values())]
-    predicted = []
+    predicted, m = [], parts.cells_on_side
     for block, basis, attended, scale in zip(vlm.blocks, parts.basis, parts.attention, _scale(*sum(at_word))):
         value = _positions(block, basis, m)
         predicted.append(_attended(block, torch.as_tensor(attended).to(value)[:, None], value) * scale)
@@ -1154,10 +1133,11 @@ def _composed_once(vlm, means, basis, m): # (L, m², d)
         at_word.append(rows[:, -1])
     return np.stack(at_word)
 
-def composed(vlm:VLM, parts:Written, name:str, m:int=4)->np.ndarray: # (L, m², d)
+def composed(vlm:VLM, parts:Written, name:str)->np.ndarray: # (L, m², d)
     """Eq. 7 composed over blocks and over the tokens up to a word of this name (§E.1).
 
     The prediction at the word after each block."""
+    m = parts.cells_on_side
     return np.mean([_composed_once(vlm, means, parts.basis, m) for means in parts.means[name]], 0)
 
 # %% ../nbs/09_theory.ipynb #85f043c3
@@ -1181,13 +1161,13 @@ def agreement(
 def compared(
     predicted:np.ndarray, # (object, m², d), or (m², d) for all objects
     units:np.ndarray, # (object, m², d) extracted
-    weights:np.ndarray, # pairs behind each object
-    n_draws:int=1000, # of the bootstrap over objects, and permutations of the predicted cells
+    weights:np.ndarray, # (object,) pairs behind each
+    n_draws:int=1000, # permutations of the predicted cells
     seed:int=0,
 )->dict: # {"cosine", "share"}: {value, low, high, n, null_mean, null_high, p}
     "How well predicted IDs agree with extracted ones, see `agreement`; intervals over objects, null over cells."
     n, both = units.shape[1], np.concatenate([np.broadcast_to(predicted, units.shape), units], 1)
-    measures = with_interval(agreement, both, weights=weights, n_draws=n_draws, seed=seed)
+    measures = with_interval(agreement, both, weights=weights)
     mean = np.average(both, axis=0, weights=weights)
     order = np.argsort(rng(seed, "cells").random((n_draws, n)), axis=1)
     order = np.concatenate([order, np.broadcast_to(np.arange(n, 2 * n), order.shape)], 1)
@@ -1195,8 +1175,8 @@ def compared(
     return {name: {**of, **null_statistics(of["value"], nulls[name])} for name, of in measures.items()}
 
 # %% ../nbs/09_theory.ipynb #5a86a3d9
-def centred(ids:np.ndarray)->np.ndarray:
-    "IDs (..., cells, d) less their mean over cells."
+def centred(ids:np.ndarray)->np.ndarray: # (..., cells, d), the same
+    "IDs less their mean over cells."
     return ids - ids.mean(-2, keepdims=True)
 
 def planted_parts_errors(
@@ -1352,7 +1332,7 @@ def _ladder_panel(panel, by_layer, key, lowest):
     "How well each rung predicts the IDs, by layer."
     for name, k in LADDER.items():
         estimates = [rungs[name][key] for rungs in by_layer.values()]
-        with_band(panel, list(by_layer), estimates, OKABE_ITO[k], label=name)
+        plot_line(panel, list(by_layer), estimates, size=dot(by_layer), color=OKABE_ITO[k], label=name)
     null = [rungs["Eq. 7: weights × positions"][key]["null_high"] for rungs in by_layer.values()]
     panel.plot(list(by_layer), null, color="0.5", linestyle=":", label="Eq. 7, 95 % of the null")
     panel.set(ylim=(lowest, 1.05))
@@ -1360,7 +1340,8 @@ def _ladder_panel(panel, by_layer, key, lowest):
 def _source_panel(panel, by_layer):
     "Share of the ID from each source, by layer."
     for name, k in zip((*SOURCES, "MLPs"), (2, 4, 0, 5, 1, 7)):
-        with_band(panel, list(by_layer), [shares[name] for shares in by_layer.values()], OKABE_ITO[k], label=name)
+        estimates = [shares[name] for shares in by_layer.values()]
+        plot_line(panel, list(by_layer), estimates, size=dot(by_layer), color=OKABE_ITO[k], label=name)
     panel.set_title("share of the ID by source")
     panel.legend(fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.2))
 
@@ -1368,7 +1349,7 @@ def _source_panel(panel, by_layer):
 def _heads_panel(panel, heads, layer):
     "Share of the ID of a layer that the strongest heads write, named below."
     first, n = heads["cumulative"], layer * heads["attention_to_own_patches"].shape[1]
-    with_band(panel, list(first), first.values(), OKABE_ITO[0], label="first k heads")
+    plot_line(panel, list(first), first.values(), size=dot(first), color=OKABE_ITO[0], label="first k heads")
     panel.axhline(heads["total"]["heads"]["value"], color=OKABE_ITO[1], linewidth=1, label=f"all {n} heads")
     highest = max(1, *(share["high"] for share in first.values()))
     panel.set(xlabel="heads k, ranked on other objects, and the k-th: block.head", ylim=(0, 1.1 * highest))
@@ -1414,10 +1395,7 @@ def read_out_questions(
 
 def places_of(pairs)->dict: # {"subject", "object"}: (B, 2)
     "Column and row of the two words of each question, in cells of the grid (from 0, between cells too)."
-    def place(scene, name):
-        thing = next(t for t in scene.things if t.name == name)
-        return 4 * thing.x - 0.5, 4 * thing.y - 0.5
-    places = lambda word: np.array([place(scene, query.words[word]) for scene, query in pairs])
+    def places(word): return np.array([scene_place(scene.thing(query.words[word])) for scene, query in pairs])
     return {word: places(word) for word in ("subject", "object")}
 
 def middle_layers(n_layers:int, best:int)->list:
@@ -1554,6 +1532,31 @@ def read_outs_by_layer(ids:SpatialIDs, pushed:Pushed, judge:Judge)->dict: # {lay
             for l, changes in pushed.changes.items()}
 
 # %% ../nbs/09_theory.ipynb #b55688bb
+def _plot_predicted(panel, changes, predicted, layer):
+    "Changes (B, 16) read out and measured, a dot each."
+    look = dict(s=4, alpha=0.35, color=OKABE_ITO[0], linewidth=0)
+    panel.scatter(predicted.ravel(), changes.ravel(), **look)
+    panel.axline((0, 0), slope=1, color="0.5", linewidth=0.8)
+    r2 = r_squared(np.stack([changes, predicted], 1))
+    panel.set(xlabel="change by the read-out, nats", ylabel="change measured, nats",
+              title=f"ID steps at layer {layer}: R² {r2:.2f}")
+
+def _plot_mean_change(panel, changes): # -> what a colour bar is of
+    "Mean over questions of the changes (B, 16), cell by cell."
+    mean = changes.mean(0).reshape(4, 4)
+    shown = panel.imshow(mean, cmap="PuOr", vmin=-np.abs(mean).max(), vmax=np.abs(mean).max())
+    panel.set(xlabel="column", ylabel="row", xticks=range(4), yticks=range(4))
+    panel.set_title(f"mean of {len(changes)} questions")
+    panel.grid(False)
+    return shown
+
+def _plot_unpushed(panel, pushed):
+    "The answer without a push, by how far the subject is to the right of the object."
+    columns = (pushed.places["subject"] - pushed.places["object"])[:, 0]
+    panel.scatter(columns, pushed.plain, s=8, color=OKABE_ITO[3], alpha=0.6, linewidth=0)
+    panel.set(xlabel="subject's column less object's, cells", ylabel="left against right, nats",
+              title=f"no push, {len(columns)} questions")
+
 def plot_read_out(
     fig, # an empty matplotlib figure
     ids:SpatialIDs,
@@ -1566,22 +1569,10 @@ def plot_read_out(
     changes, held = pushed.changes[layer], ~judge.train
     steps = id_steps(ids, layer, pushed.places)
     predicted = read_out(steps, changes, every_direction(ids, layer), judge.train)[0]
-    look = dict(s=4, alpha=0.35, color=OKABE_ITO[0], linewidth=0)
-    by_question.scatter(predicted[held].ravel(), changes[held].ravel(), **look)
-    by_question.axline((0, 0), slope=1, color="0.5", linewidth=0.8)
-    r2 = r_squared(np.stack([changes[held], predicted[held]], 1))
-    by_question.set(xlabel="change by the read-out, nats", ylabel="change measured, nats",
-                    title=f"ID steps at layer {layer}: R² {r2:.2f}")
-    mean = changes[held].mean(0).reshape(4, 4)
-    shown = by_cell.imshow(mean, cmap="PuOr", vmin=-np.abs(mean).max(), vmax=np.abs(mean).max())
-    by_cell.set(xlabel="column", ylabel="row", xticks=range(4), yticks=range(4))
-    by_cell.set_title(f"mean of {held.sum()} questions")
-    by_cell.grid(False)
+    _plot_predicted(by_question, changes[held], predicted[held], layer)
+    shown = _plot_mean_change(by_cell, changes[held])
     fig.colorbar(shown, ax=by_cell, label="left against right, nats", shrink=0.85)
-    columns = (pushed.places["subject"] - pushed.places["object"])[:, 0]
-    plain.scatter(columns, pushed.plain, s=8, color=OKABE_ITO[3], alpha=0.6, linewidth=0)
-    plain.set(xlabel="subject's column less object's, cells", ylabel="left against right, nats",
-              title=f"no push, {len(columns)} questions")
+    _plot_unpushed(plain, pushed)
 
 # %% ../nbs/09_theory.ipynb #420ff278
 _RECOGNISE = Stage("recognise", 2500, 64, 2e-3, stop=1500)
@@ -1613,9 +1604,9 @@ def line_of(
         ids = extract(vlm, scenes, template, progress=False)
         half, other = np.split(np.array(ids.objects), [len(ids.objects) // 2])
         half, other = half.tolist(), other.tolist()
-        r2 = {l: ids.linear_r2(l, objects=half, n_draws=2, n_null=2)["value"] for l in ids.layers}
+        r2 = {l: ids.linear_r2(l, objects=half, n_null=2)["value"] for l in ids.layers}
         best = max(r2, key=r2.get)
-        draws = dict(objects=other, n_draws=200, n_null=200, seed=seed)
+        draws = dict(objects=other, n_null=200, seed=seed)
         by_layer = [{"layer": l, **ids.linear_r2(l, **draws)} for l in ids.layers]
         by_template[template] = {"layer": best, **ids.statistics(best, objects=other, seed=seed), "by_layer": by_layer}
     return by_template

@@ -73,7 +73,7 @@ def copy_of(
     model:str, # as for `config_of`
     folder:Path, # is filled
 ) -> int: # blocks it has
-    "A model of random weights with the config and the processor of another, in a folder."
+    "A model of random weights with the config and the processor of another. UsageError where it has no processor."
     plan, (_, source) = blueprint(model), config_of(model)
     if plan.processor is None: raise UsageError(f"{model} has no processor here: give its folder, or a Hub id")
     _, free, _ = room()
@@ -108,35 +108,50 @@ def least_of(
     return {name: value for name, value in given.items() if name in has}
 
 # %% ../nbs/lib/trial.ipynb #50cf9082
+class _Passes:
+    "Counts of the passes through the blocks of every model, while `VLM` is the wrapped one."
+    def __init__(self):
+        self.found, self.inside = {"whole": 0., "resumed": 0., "blocks": 0}, False
+        self.init, self.resume = VLM.__init__, VLM.resume
+
+    def before_block(self, module, args, kwargs):
+        "Count rows that go through a block, but for those that are resumed."
+        h = args[0] if args else kwargs["hidden_states"]
+        if not self.inside: self.found["whole"] += len(h) / module.of_blocks
+
+    def watch(self, vlm):
+        "Count what goes through the blocks of a model from now on."
+        self.found["blocks"] = vlm.n_layers
+        for block in vlm.blocks:
+            if hasattr(block, "of_blocks"): continue
+            block.of_blocks = vlm.n_layers
+            block.register_forward_pre_hook(self.before_block, with_kwargs=True)
+
+    def next_of(self, cells):
+        "The next of some resumed cells, whose rows are not counted as whole; None at the end."
+        outer, self.inside = self.inside, True
+        try: return next(cells, None)
+        finally: self.inside = outer
+
+    def resumed(self, vlm, cells):
+        "The same cells, counted: all of them are one list of rows in a block."
+        while (cell := self.next_of(cells)) is not None:
+            keys, logits = cell
+            self.found["resumed"] += logits.shape[1] * sum(1 - layer / vlm.n_layers for _, layer in keys)
+            yield cell
+
 def count_passes(
     path:str|Path, # where the counts go, after every cell of the notebook
 ):
     "From here on count the passes through the blocks of every model: whole, resumed, and the number of blocks."
     from IPython import get_ipython
-    found, init, resume = {"whole": 0., "resumed": 0., "blocks": 0}, VLM.__init__, VLM.resume
-    inside = []
-    def see(module, args, kwargs):
-        h = args[0] if args else kwargs["hidden_states"]
-        if not inside: found["whole"] += len(h) / module.of_blocks
-    def counted(self, *args, **kwargs):
-        init(self, *args, **kwargs)
-        found["blocks"] = self.n_layers
-        for block in self.blocks:
-            if hasattr(block, "of_blocks"): continue
-            block.of_blocks = self.n_layers
-            block.register_forward_pre_hook(see, with_kwargs=True)
-    def resumed(self, *args, **kwargs):
-        cells = resume(self, *args, **kwargs)
-        while True:
-            inside.append(1)
-            try: cell = next(cells, None)
-            finally: inside.pop()
-            if cell is None: return
-            keys, logits = cell # all cells are one list of rows in a block, so that they are counted here
-            found["resumed"] += logits.shape[1] * sum(1 - layer / self.n_layers for _, layer in keys)
-            yield cell
-    VLM.__init__, VLM.resume = counted, resumed
-    get_ipython().events.register("post_run_cell", lambda result: write_json(path, found))
+    passes = _Passes()
+    def init(vlm, *args, **kwargs):
+        passes.init(vlm, *args, **kwargs)
+        passes.watch(vlm)
+    def resume(vlm, *args, **kwargs): return passes.resumed(vlm, passes.resume(vlm, *args, **kwargs))
+    VLM.__init__, VLM.resume = init, resume
+    get_ipython().events.register("post_run_cell", lambda result: write_json(path, passes.found))
 
 def with_counter(
     stem:str, # of a notebook

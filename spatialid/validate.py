@@ -54,9 +54,10 @@ def estimates(
     at:str="",
 ): # yields (key, estimate)
     "Every dictionary with a value, under its dotted key."
-    if isinstance(found, dict) and "value" in found: yield at, found
-    items = found.items() if isinstance(found, dict) else enumerate(found) if isinstance(found, list) else ()
-    for key, inside in items: yield from estimates(inside, f"{at}.{key}".lstrip("."))
+    if isinstance(found, list): found = dict(enumerate(found))
+    if not isinstance(found, dict): return
+    if "value" in found: yield at, found
+    for key, inside in found.items(): yield from estimates(inside, f"{at}.{key}".lstrip("."))
 
 def number_fault(
     number:dict, # value, low, high, n

@@ -29,7 +29,9 @@ def moment(frame:int, # 1 is the first
            n_frames:int=8, # at least 3
            ) -> str: # one of TIMES
     "The word people use for a time: start, early, middle, late, end."
-    return TIMES[0 if frame == 1 else 4 if frame == n_frames else 1 + int(3 * (frame - 2) / (n_frames - 2))]
+    if frame == 1: return TIMES[0]
+    if frame == n_frames: return TIMES[-1]
+    return TIMES[1 + int(3 * (frame - 2) / (n_frames - 2))]
 
 # %% ../nbs/lib/videos.ipynb #aee63fb0
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from spatialid.families import FAMILIES
 from spatialid.hooks import VLM
 from spatialid.query import Query
 from spatialid.questions import QUESTIONS
-from spatialid.scenes import FreeScenes, question_texts, relation
+from spatialid.scenes import FreeScenes, each_with_another, question_texts, relation
 from spatialid.store import write_json
 from spatialid.sweeps import Sweep, in_float64, sweep
 
@@ -429,7 +429,6 @@ def test_flat_curves_have_no_pairing():
     nothing = {"value": None, "low": None, "high": None, "n": 0}
     assert found["pairing"] == nothing and [*found["pairings"].values()] == [nothing] * 2
     assert dp.over_pictures(np.array([[1., 2], [np.nan, 0]]))["value"] == [1, 2]
-    assert np.isnan(dp.as_line([found["pairing"], {"value": 1, "low": 0, "high": 2}])["low"]).tolist() == [True, False]
 
 
 def test_specificity_of_made_pushes():
@@ -634,7 +633,7 @@ def test_depth_scenes_are_what_their_cells_say():
     assert np.diff([np.mean(v) for v in sizes.values()]).max() < 0, "nearer is larger"
     again = dp.depth_scenes(source, [("star", "cup")], 3)[5]
     assert np.array_equal(np.asarray(scenes[5].image()), np.asarray(again.image()))
-    assert dp.each_with_another(["a", "b", "c"]) == [("c", "a"), ("a", "b"), ("b", "c")]
+    assert each_with_another(["a", "b", "c"]) == [("c", "a"), ("a", "b"), ("b", "c")]
     fig = dp.plot_depth_scenes(scenes, (0, 3))
     assert [ax.get_title(loc="left") for ax in fig.axes] == ["cup: depth 1.5", "cup: depth 3"]
     plt.close(fig)

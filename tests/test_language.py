@@ -30,6 +30,7 @@ from spatialid.stats import rng
 from spatialid.organisms import HELD_OUT
 from spatialid.trainer import LanguageSteps, Training, affordable, budget, bundle, losses, rate, train
 from spatialid.wordings import HELD_OUT_WORDINGS, WORDINGS, template
+from tiny import one_token_red
 
 torch.set_num_threads(1)
 EYES = dict(blocks=2, px=40, vision_width=32, vision_blocks=2, heads=2, prompts=6, words=5, warmup=2)
@@ -182,11 +183,7 @@ def test_a_packed_question_is_the_single_question(family, two_blocks):
 def test_image_tokens_are_in_reading_order(family):
     recipe = SMALL[family]
     model, processor = untrained(recipe)
-    n, cell = recipe.tiles ** 2, recipe.px // recipe.tiles
-    pictures = [Image.new("RGB", (recipe.px, recipe.px), "grey") for _ in range(n + 1)]
-    for i, picture in enumerate(pictures[:n]):
-        x, y = i % recipe.tiles * cell, i // recipe.tiles * cell
-        picture.paste("red", (x, y, x + cell, y + cell))
+    n, pictures = recipe.tiles ** 2, one_token_red(recipe)
     pixels = LanguageSteps(processor, recipe, recipe.stages[0]).picture([[p] for p in pictures])
     with torch.no_grad(): tokens = features(model.eval(), pixels)[0]
     assert tokens.shape == (n + 1, n, recipe.width)

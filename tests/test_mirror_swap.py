@@ -17,9 +17,10 @@ from spatialid.benchmarks import Benchmark, write_benchmark
 from spatialid.scenes import COLOURS, FreeScenes
 from spatialid.hooks import VLM
 from spatialid.query import Query
+from spatialid.questions import left_right, mirrored
 from spatialid.stats import rng, absolute, as_text
 from spatialid.store import style
-from spatialid.sweeps import sweep
+from spatialid.sweeps import sweep, third
 from tiny import tiny, tiny_llava
 
 ROOT = Path(__file__).parents[1]
@@ -31,7 +32,7 @@ def vlm(): return VLM(*tiny_llava(px=32))
 
 
 @pytest.fixture(scope="module")
-def base(): return ms.left_right(FreeScenes(1000, seed="test", px=32), 6)
+def base(): return left_right(FreeScenes(1000, seed="test", px=32), 6)
 
 
 def same(a, b): return np.array_equal(np.asarray(a), np.asarray(b))
@@ -42,32 +43,32 @@ def same(a, b): return np.array_equal(np.asarray(a), np.asarray(b))
 @pytest.mark.slow
 def test_mirroring_twice_is_the_identity(base):
     for q in base:
-        once, twice = ms.mirrored(q), ms.mirrored(ms.mirrored(q))
+        once, twice = mirrored(q), mirrored(mirrored(q))
         assert same(twice.image, q.image) and twice.truth == q.truth
         assert not same(once.image, q.image) and {once.truth, q.truth} == {"left", "right"} and once.text == q.text
 
 
 def test_mirroring_leaves_other_truths_alone():
     q = Query(Image.new("RGB", (8, 8)), "Is the {subject} red or blue?", {"subject": "cup"}, ("red", "blue"), "red")
-    assert ms.mirrored(q).truth == "red"
+    assert mirrored(q).truth == "red"
 
 
 def test_questions_are_in_one_wording_and_order(base):
     assert all(q.answers == ("left", "right") and " left or right " in q.text and q.truth in q.answers for q in base)
-    again = ms.left_right(FreeScenes(1000, seed="test", px=32), 6)
+    again = left_right(FreeScenes(1000, seed="test", px=32), 6)
     assert all(a.text == b.text and same(a.image, b.image) for a, b in zip(base, again))
-    instructed = ms.left_right(FreeScenes(1000, seed="test", px=32), 2, instruction=" Answer {} or {}.")
+    instructed = left_right(FreeScenes(1000, seed="test", px=32), 2, instruction=" Answer {} or {}.")
     assert instructed[0].text == base[0].text + " Answer left or right."
 
 
 @pytest.mark.slow
 def test_the_benchmark_gives_one_question_for_each_image(tmp_path):
     rows = Benchmark(write_benchmark(tmp_path, 40, px=32))
-    questions = ms.left_right(rows, 1000)
+    questions = left_right(rows, 1000)
     pictures = {row.image_id for row in rows if row.kind == "left_right"}
     assert len(questions) == len(pictures) and {q.kind for q in questions} == {"left_right"}
-    assert [q.text for q in ms.left_right(rows, 5)] == [q.text for q in questions[:5]]
-    assert [q.text for q in ms.left_right(rows, 5, seed=1)] != [q.text for q in questions[:5]]
+    assert [q.text for q in left_right(rows, 5)] == [q.text for q in questions[:5]]
+    assert [q.text for q in left_right(rows, 5, seed=1)] != [q.text for q in questions[:5]]
 
 
 def looks_of(scene): return [(t.x, t.y, t.size, t.depth, t.name) for t in scene.things]
@@ -156,7 +157,7 @@ def test_moving_mirrors_the_places_alone():
     assert [1 - t.x for t in there.things] == pytest.approx([t.x for t in scene.things])
     looks = lambda scene: [(t.y, t.size, t.name, t.colour) for t in scene.things]
     assert looks(there) == looks(scene)
-    questions = [ms.left_right([s], 1) for s in (scene, there)]
+    questions = [left_right([s], 1) for s in (scene, there)]
     if questions[0]:
         (here, *_), (moved, *_) = questions
         assert here.text == moved.text and here.truth != moved.truth
@@ -225,7 +226,7 @@ def test_groups_on_other_families(family, base):
 def test_image_and_text_tile_what_differs(vlm, base):
     "The identity the notebook shows: the swap of one part is the swap of the other part the other way round."
     vlm64 = VLM(*tiny_llava(px=32, dtype=torch.float64))
-    source = [ms.mirrored(q) for q in base]
+    source = [mirrored(q) for q in base]
     groups = {name: figure4_groups(vlm64)[name] for name in ("image", "text")}
     there, back = sweep(vlm64, base, source, groups), sweep(vlm64, source, base, groups, plain=True)
     for a, b in (("image", "text"), ("text", "image")):
@@ -262,7 +263,7 @@ def test_curves_are_ratios_of_sums_and_count_what_they_leave_out():
 
 @pytest.mark.parametrize("n", [3, 8, 28, 32])
 def test_thirds_cover_all_layers_but_the_last(n):
-    parts = [ms.third(name, n) for name in ("first", "middle", "last")]
+    parts = [third(name, n) for name in ("first", "middle", "last")]
     assert sum(parts, []) == list(range(1, n)) and max(map(len, parts)) - min(map(len, parts)) <= 1
     if n == 8: assert parts == [[1, 2], [3, 4, 5], [6, 7]]
 
@@ -332,7 +333,7 @@ def test_belief_follows():
 
 def test_figures_can_be_drawn(vlm, base):
     from matplotlib.figure import Figure
-    source = [ms.mirrored(q) for q in base]
+    source = [mirrored(q) for q in base]
     s = sweep(vlm, base, source, figure4_groups(vlm))
     fig = Figure()
     ms.belief_figure(fig, base, source, s, 1, 2, "objects")
@@ -468,7 +469,7 @@ def test_models_side_by_side(monkeypatch):
 
 def test_the_table_and_the_figure_of_the_controls(vlm, base):
     from matplotlib.figure import Figure
-    sources = {"mirror": [ms.mirrored(q) for q in base], **ms.attribute_controls(base, FreeScenes(1000, "test", 32))}
+    sources = {"mirror": [mirrored(q) for q in base], **ms.attribute_controls(base, FreeScenes(1000, "test", 32))}
     groups = {name: figure4_groups(vlm)[name] for name in ms.FIGURE4}
     swaps = {name: sweep(vlm, base, source, groups) for name, source in sources.items()}
     follows = {ms.ATTRIBUTES.get(name, "mirrored"): ms.belief_follows(s, name == "mirror") for name, s in swaps.items()}
@@ -512,7 +513,7 @@ def test_curves_with_intervals_and_thirds():
 
 def test_a_part_of_a_sweep(vlm, base):
     "Is the sweep of those pairs at those layers."
-    source = [ms.mirrored(q) for q in base]
+    source = [mirrored(q) for q in base]
     whole, few = sweep(vlm, base, source, {"text": "text"}), sweep(vlm, base[:2], source[:2], {"text": "text"}, [2])
     part = ms.part_of(whole, 2, [2])
     assert part.layers == [2] and list(part.truth) == list(few.truth) and part.names == ["text"]
@@ -531,5 +532,5 @@ def test_the_log_probabilities_of_random_words_are_kept_as_their_mean():
 
 
 def test_both_ways_of_swapping_tile_the_difference(vlm, base):
-    found = ms.complement_check(vlm, base, [ms.mirrored(q) for q in base], [1, 2])
+    found = ms.complement_check(vlm, base, [mirrored(q) for q in base], [1, 2])
     assert found["gap"] < 1e-3 and found["layers"] == [1, 2] and found["pairs"] == len(base)

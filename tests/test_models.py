@@ -279,9 +279,9 @@ def test_grid_scores_leave_out_what_is_no_grid(tmp_path, monkeypatch):
 
 
 def test_claims_of_every_model(monkeypatch):
-    monkeypatch.setattr(models, "claims_of", lambda model: [{"id": "one"}, {"id": "two"}, {"id": "none"}])
+    monkeypatch.setattr(models, "register", lambda: dict.fromkeys(("one", "two", "none")))
     row = lambda verdict: {"verdict": verdict, "value": 0.1234}
-    text = models.claims_table({"a": {"one": row("holds")}, "b": {"one": row("fails"), "two": row("holds")}})
+    text = models.models_claims_table({"a": {"one": row("holds")}, "b": {"one": row("fails"), "two": row("holds")}})
     assert text.splitlines()[2:] == ["| one | ✓ 0.123 | ✗ 0.123 |", "| two |  | ✓ 0.123 |",
                                      "| **hold** | **1 of 1** | **1 of 2** |"]
 

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
-from PIL import Image
 from safetensors.torch import load_file
 
 from spatialid import organisms
@@ -27,6 +26,7 @@ from spatialid.organisms import (BUILDERS, CELLS, RECIPES, Recipe, Stage, Steps,
                                  training_record, training_texts, zoo)
 from spatialid.scenes import OBJECTS, FreeScenes
 from spatialid.stats import rng
+from tiny import one_token_red
 
 TINY = Recipe(vision_width=32, width=32, vision_blocks=1, blocks=2, heads=2, intermediate=48,
               stages=(Stage("recognise", 4, 4, 1e-3),
@@ -193,11 +193,7 @@ def test_a_packed_question_is_the_single_question(family, tmp_path):
 def test_image_tokens_are_in_reading_order(family):
     recipe = FAMILY[family]
     model, processor = build(recipe)
-    n, cell = recipe.tiles ** 2, recipe.px // recipe.tiles
-    pictures = [Image.new("RGB", (recipe.px, recipe.px), "grey") for _ in range(n + 1)]
-    for i, picture in enumerate(pictures[:n]):
-        x, y = i % recipe.tiles * cell, i // recipe.tiles * cell
-        picture.paste("red", (x, y, x + cell, y + cell))
+    n, pictures = recipe.tiles ** 2, one_token_red(recipe)
     pixels = Steps(processor, recipe, recipe.stages[0]).picture([[p] for p in pictures])
     with torch.no_grad(): tokens = forward(model.eval(), dict(picture=pixels, labels=torch.tensor([-100])))[0]
     assert tokens.shape == (n + 1, n, recipe.width)

@@ -21,6 +21,7 @@ from spatialid.scenes import FreeScenes, GridScenes, Thing, grid_pairs
 from spatialid.extraction import SpatialIDs
 from spatialid.families import FAMILIES
 from spatialid.hooks import VLM
+from spatialid.plots import plot_line
 from spatialid.query import Query
 from spatialid.sweeps import Sweep, sweep
 from tiny import tiny, tiny_llava
@@ -1271,9 +1272,13 @@ def test_a_line_takes_estimates_or_an_estimate_of_arrays():
     from matplotlib.figure import Figure
     ax = Figure().subplots()
     found = st.bootstrap(np.arange(6.0).reshape(3, 2))
-    st.plot_line(ax, [1, 2], found)
-    st.plot_line(ax, [1, 2], [found[0], found[1]])
+    plot_line(ax, [1, 2], found)
+    plot_line(ax, [1, 2], [found[0], found[1]])
     assert np.allclose(ax.lines[0].get_ydata(), ax.lines[1].get_ydata()) and len(ax.collections) == 2
+    gap = plot_line(ax, [1, 2], [found[0], {"value": None, "low": None, "high": None, "n": 0}])
+    assert np.isnan(gap.get_ydata()).tolist() == [False, True], "a line with a gap"
+    plot_line(ax, [1], [{"value": 1, "low": None, "high": None, "n": 1}])
+    assert len(ax.lines) == 4 and len(ax.collections) == 3, "no band without an interval"
 
 
 # --- the results

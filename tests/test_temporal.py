@@ -445,7 +445,6 @@ def test_what_is_not_judged():
     one, good, poor = (dict(value=v, low=v - .1, high=v + .1, n=9) for v in (.3, .8, .55))
     assert tm.judged(one, good) is one
     assert tm.judged(one, good, poor)["not_judged"] == f"the model answers {as_text(poor)} of these questions right"
-    assert tm.without_value(3) == {"value": None, "low": None, "high": None, "n": 3}
 
 
 def test_the_weakest_of_several_models(tmp_path, monkeypatch):

@@ -109,11 +109,11 @@ def test_a_constant_moves_the_jump_to_rank_3():
 def test_null_and_intervals():
     x = XY.reshape(16, 2)
     units = x @ random(2, 8) + 0.1 * random(6, 16, 8, seed=1)
-    r2 = th.explained(units, x, np.ones(6), n_draws=200, n_null=200, ranks=(1, 2))[2]
+    r2 = th.explained(units, x, np.ones(6), n_null=200, ranks=(1, 2))[2]
     assert r2["low"] <= r2["value"] <= r2["high"] and r2["n"] == 6 and r2["p"] < 0.01
     assert r2["null_mean"] < 0.3 < 0.9 < r2["value"]
     random_ids = random(6, 16, 8, seed=3)
-    assert th.explained(random_ids, x, np.ones(6), th.left_out, n_draws=50, n_null=200, ranks=(2,))[2]["p"] > 0.01
+    assert th.explained(random_ids, x, np.ones(6), th.left_out, n_null=200, ranks=(2,))[2]["p"] > 0.01
 
 
 def test_the_null_counts_what_is_as_large():
@@ -146,7 +146,7 @@ def test_table_2_has_every_form_and_rank(fitted):
     assert list(table) == list(inputs) and all(list(by_form) == list(th.FORMS) for by_form in table.values())
     centred = table["linear"]["PCR, centred"]
     assert list(centred["in sample"]) == [1, 2, 3, 4, 5] and centred["in sample"][2]["value"] > 0.9
-    direct = th.explained(units, inputs["linear"], np.ones(6), th.left_out, n_draws=20, n_null=20)
+    direct = th.explained(units, inputs["linear"], np.ones(6), th.left_out, n_null=20)
     assert centred["left out"] == direct
     lines = th.table_2_text(table).splitlines()
     assert len(lines) == 2 + 2 * 4 * 2 + 3 and "LLaVA1.5-7B" in lines[-3] and "*0.458*" in lines[-3]
@@ -159,7 +159,7 @@ def test_the_jump_of_a_constant_is_in_the_printed_form_alone(fitted):
 
 
 def test_geometry_needs_no_radius_for_a_line(fitted):
-    r2 = th.geometry_r2(fitted[0], np.ones(6), n_draws=20, n_null=20)
+    r2 = th.geometry_r2(fitted[0], np.ones(6), n_null=20)
     assert list(r2) == ["x, y", "x, y, radius", "x, y, xy, x², y²"]
     values = [of["in sample"]["value"] for of in r2.values()]
     assert values == sorted(values) and values[0] > 0.9 and values[2] - values[0] < 0.05
@@ -503,11 +503,17 @@ def assert_parts_add_up(parts, ids):
 
 
 @pytest.fixture(scope="module")
-def split():
-    "A random model, its IDs, and their parts."
+def untrained():
+    "A random model, scenes, and its IDs."
     vlm = organism_of("llava", dict(patch=4))
     scenes = subsample(GridScenes(grid_pairs(2), sizes=(224,), px=32), 2)
-    ids = extract(vlm, scenes, TEMPLATE, progress=False)
+    return vlm, scenes, extract(vlm, scenes, TEMPLATE, progress=False)
+
+
+@pytest.fixture(scope="module")
+def split(untrained):
+    "A random model, its IDs, and their parts."
+    vlm, scenes, ids = untrained
     return vlm, ids, th.decompose(vlm, scenes, ids.at(2), TEMPLATE)
 
 
@@ -745,11 +751,9 @@ def test_a_linear_read_out_is_recovered_and_noise_is_not():
 # --- pushes
 
 @pytest.fixture(scope="module")
-def pushed():
+def pushed(untrained):
     "A random model, IDs of it, twelve questions, and what pushing their words changes."
-    vlm = organism_of("llava", dict(patch=4))
-    scenes = subsample(GridScenes(grid_pairs(2), sizes=(224,), px=32), 2)
-    ids = extract(vlm, scenes, TEMPLATE, progress=False)
+    vlm, _, ids = untrained
     pairs = th.read_out_questions(12, px=32)
     return vlm, ids, pairs, th.push_everywhere(vlm, ids, pairs, 2, [1, 2])
 

@@ -3,6 +3,7 @@
 The tests run on them, so that they need no trained model."""
 import torch
 import transformers as t
+from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from spatialid.families import Frames, without_torchvision
@@ -240,3 +241,13 @@ def tiny(family, blocks=4, width=32, dtype=torch.float32, seed=0):
         for weight in model.parameters():  # where zeros shut the picture out: Mllama's gates, Gemma 3's projection
             if not weight.any(): weight.normal_(0, .3)
     return model.eval().to(dtype), processor
+
+
+def one_token_red(recipe):
+    "Of an organism's recipe: for each image token a grey picture with its place red, and a picture that is all grey."
+    n, cell = recipe.tiles ** 2, recipe.px // recipe.tiles
+    pictures = [Image.new("RGB", (recipe.px, recipe.px), "grey") for _ in range(n + 1)]
+    for i, picture in enumerate(pictures[:n]):
+        x, y = i % recipe.tiles * cell, i // recipe.tiles * cell
+        picture.paste("red", (x, y, x + cell, y + cell))
+    return pictures
