@@ -43,7 +43,7 @@ body.quarto-dark { color: #e3e6ea; background: #15181c; --ground: #15181c; }
 .quarto-dark a { color: #86b7ff; } .quarto-dark code { color: #ffb38a; } .quarto-dark pre code { color: inherit; }
 nav.bar { background: #1f3a5f; display: flex; flex-wrap: wrap; gap: .3rem 1.2rem; padding: .7rem 1rem; }
 nav.bar a { color: #fff; text-decoration: none; } nav.bar details { color: #fff; position: relative; }
-nav.bar details div { position: absolute; background: #1f3a5f; padding: .5rem 1rem; z-index: 9; min-width: 14rem; }
+nav.bar details div { position: absolute; background: #1f3a5f; padding: .5rem 1rem; z-index: 9; width: 14rem; }
 nav.bar details a { display: block; padding: .2rem 0; }
 .page { display: flex; }
 nav.side { width: 15rem; padding: 1rem; font-size: 14px; flex: none; box-sizing: border-box; }
@@ -58,7 +58,7 @@ figure { margin: 1rem 0; } .lead { font-size: 1.15em; }
 nav.turn { display: flex; justify-content: space-between; margin-top: 3rem; }
 footer { border-top: 1px solid #ccc; padding: 1rem; font-size: 14px; display: flex; justify-content: space-between; }
 footer a { margin-left: 1rem; }
-@media (max-width: 900px) { nav.side { display: none; } main { padding: 1rem; } }
+@media (max-width: 900px) { nav.side { display: none; } main { padding: 1rem; } nav.bar details div { position: static; } }
 """
 
 
