@@ -92,11 +92,12 @@ SOURCE = '[source](/blob/main/a.py#L3){target="_blank"}\n\n### f'
 @pytest.mark.parametrize("folder, text, git, doc, made", [
     ("lib", "[`f`](/hooks.html#vlm)", "", "", "[`f`](../hooks.html#vlm)"),
     (".", "[`f`](https://a.io/s/lib/b.html#c)", "", "https://a.io/s", "[`f`](lib/b.html#c)"),
-    ("lib", SOURCE, "", "", "### f"), ("lib", SOURCE, ADDRESS, "", SOURCE),
+    ("lib", SOURCE, "", "", "### f"), ("lib", f"[source]({ADDRESS}/blob/main/a.py#L3)", ADDRESS, "", None),
     (".", "[x](https://b.org/hooks.html)", "", "https://a.io", "[x](https://b.org/hooks.html)"),
 ])
 def test_links_of_nbdev_lead_somewhere(folder, text, git, doc, made):
-    assert make_docs.link_inside(text, folder, {"git_url": git, "doc_url": doc}) == made
+    ini = {"git_url": git, "doc_url": doc, "branch": "main"}
+    assert make_docs.link_inside(text, folder, ini) == make_docs.relink(text, folder, ini) == (made or text)
 
 
 def test_the_footer_has_version_and_date_and_the_repository_where_there_is_one():

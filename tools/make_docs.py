@@ -77,6 +77,11 @@ def link_inside(text, folder, ini):
     return re.sub(rf"\]\({site}/((?:\w+/)?\w+\.html)(?=[#)])", link, text)
 
 
+def relink(text, folder, ini):
+    "Both, in the order in which the links to the source are still known as such."
+    return link_outside(link_inside(text, folder, ini), folder, ini)
+
+
 def texts_of(nb):
     "[(a mapping, its key)] of every Markdown text of a page: cells and outputs."
     cells = [(cell, "source") for cell in nb.cells if cell.cell_type == "markdown"]
@@ -146,7 +151,7 @@ def finish_pages(root):
     for page in sorted(pages.rglob("*.ipynb")):
         nb, folder = read_nb(page), page.parent.relative_to(pages)
         for where, key in texts_of(nb):
-            where[key] = link_inside(link_outside("".join(where[key]), folder, ini), folder, ini)
+            where[key] = relink("".join(where[key]), folder, ini)
         caption_pictures(nb)
         if STORY.fullmatch(page.stem):
             for finish in (box_summary, fold_outputs, functions_last): finish(nb)

@@ -52,13 +52,16 @@ nav.side p { margin: .8rem 0 .2rem; font-weight: 600; }
 main { max-width: 56rem; padding: 1rem 2rem; min-width: 0; flex: 1; overflow-wrap: break-word; }
 pre { background: #f6f6f6; padding: .6rem; white-space: pre-wrap; font-size: 14px; }
 .quarto-dark pre { background: #1f242a; }
-table { border-collapse: collapse; } td, th { border-bottom: 1px solid #ccc; padding: 3px 8px; text-align: left; }
+table { border-collapse: collapse; }
+td, th { border-bottom: 1px solid var(--line, #ccc); padding: 3px 8px; text-align: left; }
 figure { margin: 1rem 0; } .lead { font-size: 1.15em; }
 .visually-hidden { position: absolute; clip-path: inset(50%); }
 nav.turn { display: flex; justify-content: space-between; margin-top: 3rem; }
 footer { border-top: 1px solid #ccc; padding: 1rem; font-size: 14px; display: flex; justify-content: space-between; }
 footer a { margin-left: 1rem; }
-@media (max-width: 900px) { nav.side { display: none; } main { padding: 1rem; } nav.bar details div { position: static; } }
+@media (max-width: 900px) {
+  nav.side { display: none; } main { padding: 1rem; } nav.bar details div { position: static; width: auto; }
+}
 """
 
 

@@ -35,7 +35,8 @@ const [WIDTH, HEIGHT] = [620, 260];
 function axes(layers, limits) {
   const every = layers.length > 12 ? 5 : 1, [low, high] = limits;
   const x = (k) => k / (layers.length - 1) * WIDTH, y = (value) => (high - value) / (high - low) * HEIGHT;
-  const below = layers.map((layer, k) => layer % every && k ? "" : `<text x="${x(k)}" y="${HEIGHT + 22}">${layer}</text>`);
+  const below = layers.map((layer, k) =>
+    layer % every && k ? "" : `<text x="${x(k)}" y="${HEIGHT + 22}">${layer}</text>`);
   const beside = [0, 0.5, 1].map((value) => `<line x2="${WIDTH}" y1="${y(value)}" y2="${y(value)}"/>
     <text class="y" x="-8" y="${y(value)}">${value}</text>`);
   return `<rect width="${WIDTH}" height="${HEIGHT}"/>${beside.join("")}${below.join("")}
@@ -57,7 +58,8 @@ const stored = (model) => fetch(`results/${model}/02_mirror_swap.json`).then((fi
 export async function start(root, models, load = stored) {
   const choices = models.map((name) => `<option>${name}</option>`).join("");
   root.innerHTML = `<label>model <select>${choices}</select></label><div class="values-drawing"></div>
-    <label class="pad-layer">layer <input type="range" min="0"><output></output></label><dl class="values-numbers"></dl>`;
+    <label class="pad-layer">layer <input type="range" min="0"><output></output></label>
+    <dl class="values-numbers"></dl>`;
   const [choice, slider, number, list, place] = ["select", "input", "output", "dl", ".values-drawing"]
     .map((part) => root.querySelector(part));
   let found, names;
@@ -68,7 +70,8 @@ export async function start(root, models, load = stored) {
     line.setAttribute("x2", x);
     slider.value = k;
     number.textContent = found.layers[k];
-    slider.setAttribute("aria-valuetext", `${found.layers[k]}: ${names.map((name, i) => `${name} ${texts[i]}`).join(", ")}`);
+    const said = names.map((name, i) => `${name} ${texts[i]}`).join(", ");
+    slider.setAttribute("aria-valuetext", `${found.layers[k]}: ${said}`);
     list.innerHTML = names.map((name, i) =>
       `<div><dt class="pad-key" style="--curve:${GROUPS[name]}">${name}</dt><dd>${texts[i]}</dd></div>`).join("");
   }
