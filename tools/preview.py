@@ -77,14 +77,16 @@ def figure(png, name, site, given):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(base64.b64decode(png))
     alt = html.escape(given.get("fig-alt", ""), quote=True)
-    return f'![{given.get("fig-cap", "")}](ROOT/figures/{name}.png){{fig-alt="{alt}"}}'
+    size = f" width={given['width']}" if "width" in given else ""
+    return f'![{given.get("fig-cap", "")}](ROOT/figures/{name}.png){{fig-alt="{alt}"{size}}}'
 
 
 def output_text(output, name, site, given):
     "One output of a cell as Markdown."
     data = output.get("data", {})
     def text(kind): return "".join(data[kind])
-    if "image/png" in data: return figure(text("image/png"), name, site, given)
+    size = output.get("metadata", {}).get("image/png", {})
+    if "image/png" in data: return figure(text("image/png"), name, site, {**given, **size})
     if "text/markdown" in data: return text("text/markdown")
     if "text/html" in data: return f"```{{=html}}\n{text('text/html')}\n```"
     plain = text("text/plain") if "text/plain" in data else "".join(output.get("text", ""))
