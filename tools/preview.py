@@ -54,7 +54,7 @@ pre { background: #f6f6f6; padding: .6rem; white-space: pre-wrap; font-size: 14p
 .quarto-dark pre { background: #1f242a; }
 table { border-collapse: collapse; }
 td, th { border-bottom: 1px solid var(--line, #ccc); padding: 3px 8px; text-align: left; }
-figure { margin: 1rem 0; } .lead { font-size: 1.15em; }
+.img-fluid { max-width: 100%; height: auto; } figure { margin: 1rem 0; } .lead { font-size: 1.15em; }
 .visually-hidden { position: absolute; clip-path: inset(50%); }
 nav.turn { display: flex; justify-content: space-between; margin-top: 3rem; }
 footer { border-top: 1px solid #ccc; padding: 1rem; font-size: 14px; display: flex; justify-content: space-between; }
@@ -192,7 +192,8 @@ def render(page, pages, site, config):
     made = pypandoc.convert_text(text, "html5", "markdown-implicit_figures+implicit_figures", extra_args=extra)
     local = r'href="(?!\w+:)([^"#]+)\.(?:ipynb|md)(#[^"]*)?"'
     made = re.sub(local, r'href="\1.html\2"', made)
-    out.write_text(re.sub(r'<img [^>]*?\bsrc="([^"]+)"[^>]*>', r'<a href="\1">\g<0></a>', made), encoding="utf-8")
+    picture = r'<img ([^>]*?\bsrc="([^"]+)"[^>]*)>'
+    out.write_text(re.sub(picture, r'<a href="\2"><img class="img-fluid" \1></a>', made), encoding="utf-8")
     return out
 
 
