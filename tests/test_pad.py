@@ -1,11 +1,13 @@
-"The page on which a place is moved by hand: its numbers are those of a run, and the browser shows them."
+"The parts of pages that answer without a kernel: their numbers are those of a run, and the browser shows them."
 import json
+import re
 import shutil
 import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 from spatialid.edits import at_place
 from spatialid.extraction import SpatialIDs
@@ -63,16 +65,61 @@ console.log(JSON.stringify({
 """
 
 
+def in_node(folder, script):
+    "What a script that imports the modules of the pages prints, read as JSON."
+    for path in (ROOT/"nbs"/"pad").glob("*.js"): shutil.copy(path, folder)
+    (folder/"try.mjs").write_text(script)
+    (folder/"package.json").write_text('{"type": "module"}')
+    made = subprocess.run(["node", folder/"try.mjs"], capture_output=True, text=True)
+    assert made.returncode == 0, made.stderr
+    return json.loads(made.stdout)
+
+
 @pytest.mark.skipif(not shutil.which("node"), reason="needs Node")
 def test_what_the_browser_makes_of_it(tmp_path):
     "The edges of the grid hold, an answer turns where its log-odds change sign, the farthest ID is near the edge."
-    shutil.copy(ROOT/"nbs"/"pad"/"pad.js", tmp_path)
-    (tmp_path/"try.mjs").write_text(SCRIPT)
-    (tmp_path/"package.json").write_text('{"type": "module"}')
-    made = subprocess.run(["node", tmp_path/"try.mjs"], capture_output=True, text=True)
-    assert made.returncode == 0, made.stderr
-    found = json.loads(made.stdout)
+    found = in_node(tmp_path, SCRIPT)
     assert found["half"] == .5 and found["out"] == [None, None, None, 7] and found["keys"] == [0, 4, 15, 5]
     assert found["answers"] == [False, True] and found["reach"] == 8
     assert found["line"] == "0.0,10.0 10.0,0.0" and np.allclose(found["placed"], [[92.5, 50], [50, 28.75]])
     assert found["colours"][0] != found["colours"][1]
+
+
+# --- the values of Figure 4A, on the page of notebook 02
+
+VALUES = """
+import { readFileSync } from "node:fs";
+import { around, nearest, range, reading, shown } from "./values.js";
+const { layers, fig4a: { curves } } = JSON.parse(readFileSync(process.env.STORED));
+const small = { value: [-0.001, null], low: [-0.5, null], high: [1.25, null] };
+console.log(JSON.stringify({
+  names: shown(curves), peak: reading(curves.objects, layers.indexOf(19)), small: [0, 1].map((k) => reading(small, k)),
+  nearest: [nearest(-1, 30), nearest(0.51, 3), nearest(2, 30)], range: [range(curves), range({ image: small })],
+  corners: around({ low: [0, 0], high: [1, 0.5] }, [0, 1], 10, 10),
+}));
+"""
+
+
+@pytest.mark.skipif(not shutil.which("node"), reason="needs Node")
+def test_the_values_of_figure_4a_are_the_stored_ones(tmp_path, monkeypatch):
+    "Of every group the page knows; a pointer beside the axes reads the first or last layer."
+    path = ROOT/"results"/"llava-smol"/"02_mirror_swap.json"
+    monkeypatch.setenv("STORED", str(path))
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    curve, at = stored["fig4a"]["curves"]["objects"], stored["layers"].index(19)
+    found = in_node(tmp_path, VALUES)
+    assert set(found["names"]) <= stored["fig4a"]["curves"].keys() and len(found["names"]) == 7
+    value, low, high = (curve[end][at] for end in ("value", "low", "high"))
+    assert found["peak"] == f"{value:.2f} [{low:.2f}, {high:.2f}]"
+    assert found["small"] == ["0.00 [−0.50, 1.25]", "–"] and found["nearest"] == [0, 1, 29]
+    assert found["range"][0][0] <= 0 and found["range"][0][1] >= 1 and found["range"][1] == [-.5, 1.25]
+    assert found["corners"] == "0.0,0.0 10.0,5.0 10.0,10.0 0.0,10.0"
+
+
+def test_the_page_names_models_with_stored_values_and_publishes_them():
+    cells = json.loads((ROOT/"nbs"/"02_mirror_swap.ipynb").read_text(encoding="utf-8"))["cells"]
+    text = "".join("".join(cell["source"]) for cell in cells)
+    models = re.search(r'class="values" data-models="([^"]+)"', text)[1].split()
+    assert "llava-smol" in models and all((ROOT/"results"/name/"02_mirror_swap.json").is_file() for name in models)
+    resources = yaml.safe_load((ROOT/"_quarto.yml").read_text())["project"]["resources"]
+    assert {"pad/*.js", "results/*/02_mirror_swap.json"} <= set(resources)

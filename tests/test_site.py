@@ -1,4 +1,5 @@
 "What a visitor of the site meets: figures that say what they show, claims as a matrix, links that lead somewhere."
+import base64
 import json
 import re
 from pathlib import Path
@@ -6,6 +7,7 @@ from pathlib import Path
 import nbformat
 import pytest
 import yaml
+from PIL import Image
 
 import claims_page
 import make_docs
@@ -15,6 +17,7 @@ import preview
 from spatialid.claims import own_claims
 from spatialid.registry import FLAGSHIP
 from spatialid.runner import figure_text, figures_of, model_page, notebooks
+from spatialid.store import DPI
 
 ROOT = Path(__file__).parents[1]
 NBS = ROOT/"nbs"
@@ -62,6 +65,21 @@ def test_pictures_get_the_text_of_their_figure_or_of_their_section():
     assert second == "#| fig-alt: \"Figure of the section 'Where'\"\nshow()" and third == given
 
 
+def test_pictures_of_twice_the_dots_are_shown_at_half_their_width(tmp_path):
+    "As a saved figure is; where a picture has no more dots than the page, nothing is said."
+    for name, dots in (("sharp", 180), ("plain", 90)):
+        Image.new("P", (40, 20)).save(tmp_path/f"{name}.png", dpi=(dots, dots))
+    def shown(name): return base64.b64encode((tmp_path/f"{name}.png").read_bytes()).decode()
+    nb = page(code("f()", image_png=shown("sharp")), code("g()", image_png=shown("plain")))
+    make_docs.size_outputs(nb)
+    sharp, plain = (cell.outputs[0].metadata for cell in nb.cells)
+    assert sharp == {"image/png": {"width": 20, "height": 10}} and not plain
+    once = make_docs.size_links("![a b](sharp.png) ![c](plain.png) ![d](gone.png)", tmp_path)
+    assert once == "![a b](sharp.png){width=20} ![c](plain.png) ![d](gone.png)"
+    assert make_docs.size_links(once, tmp_path) == once
+    assert DPI == 2 * make_docs.DOTS
+
+
 def test_the_page_of_a_model_begins_with_its_figures_and_is_not_searched(stored):
     text = model_page(FLAGSHIP)
     assert yaml.safe_load(text.split("---")[1])["search"] is False
@@ -92,11 +110,12 @@ SOURCE = '[source](/blob/main/a.py#L3){target="_blank"}\n\n### f'
 @pytest.mark.parametrize("folder, text, git, doc, made", [
     ("lib", "[`f`](/hooks.html#vlm)", "", "", "[`f`](../hooks.html#vlm)"),
     (".", "[`f`](https://a.io/s/lib/b.html#c)", "", "https://a.io/s", "[`f`](lib/b.html#c)"),
-    ("lib", SOURCE, "", "", "### f"), ("lib", SOURCE, ADDRESS, "", SOURCE),
+    ("lib", SOURCE, "", "", "### f"), ("lib", f"[source]({ADDRESS}/blob/main/a.py#L3)", ADDRESS, "", None),
     (".", "[x](https://b.org/hooks.html)", "", "https://a.io", "[x](https://b.org/hooks.html)"),
 ])
 def test_links_of_nbdev_lead_somewhere(folder, text, git, doc, made):
-    assert make_docs.link_inside(text, folder, {"git_url": git, "doc_url": doc}) == made
+    ini = {"git_url": git, "doc_url": doc, "branch": "main"}
+    assert make_docs.link_inside(text, folder, ini) == make_docs.relink(text, folder, ini) == (made or text)
 
 
 def test_the_footer_has_version_and_date_and_the_repository_where_there_is_one():

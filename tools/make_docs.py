@@ -4,7 +4,9 @@ Quarto does not run cells (`execute: enabled: false` in _quarto.yml). nbdev does
 exported cells, and every cell with an import in it, whatever else that cell does. Here such a cell gives its imports
 and keeps the output it was saved with."""
 import ast
+import base64
 import datetime
+import gc
 import json
 import os
 import re
@@ -12,6 +14,7 @@ import shutil
 import subprocess
 import sys
 from functools import cache
+from io import BytesIO
 from pathlib import Path
 from unittest import mock
 
@@ -21,6 +24,7 @@ import yaml
 from fastcore.nbio import NbCell, read_nb, write_nb
 from nbdev.processors import FilterDefaults, exec_show_docs
 from nbdev.quarto import refresh_quarto_yml
+from PIL import Image
 
 from check_site import check
 from make_metadata import settings
@@ -29,6 +33,7 @@ ROOT = Path(__file__).parents[1]
 STORY = re.compile(r"(0[2-9]|13)_\w+")  # experiments; of the other notebooks the functions are the subject
 FUNCTIONS = "## The functions of this page"
 SUMMARY = "## What was found"
+DOTS = 90  # of a figure, for each inch of its width on a page
 LONG = 15  # lines of printed output that a story shows unfolded
 EXPORTED = {"export", "exports", "exporti", "exec_doc"}
 
@@ -75,6 +80,11 @@ def link_inside(text, folder, ini):
     site = re.escape(ini["doc_url"].rstrip("/"))
     def link(match): return f"]({os.path.relpath(match[1], folder)}"
     return re.sub(rf"\]\({site}/((?:\w+/)?\w+\.html)(?=[#)])", link, text)
+
+
+def relink(text, folder, ini):
+    "Both, in the order in which the links to the source are still known as such."
+    return link_outside(link_inside(text, folder, ini), folder, ini)
 
 
 def texts_of(nb):
@@ -139,18 +149,46 @@ def caption_pictures(nb):
         cell.source = "".join(lines) + cell.source
 
 
+def shown_size(png):
+    "(width, height) at which a page shows a PNG, a path or file, of more dots than DOTS; None for any other."
+    with Image.open(png) as picture:
+        share = DOTS / picture.info.get("dpi", [DOTS])[0]
+        return tuple(round(side * share) for side in picture.size) if share < .95 else None
+
+
+def size_outputs(nb):
+    "Says of every picture in an output at what size it is shown."
+    for output in (output for cell in nb.cells for output in cell.get("outputs", ())):
+        png = output.get("data", {}).get("image/png")
+        size = png and shown_size(BytesIO(base64.b64decode("".join(png))))
+        if size: output["metadata"] = {"image/png": dict(zip(("width", "height"), size))}
+
+
+def size_links(text, folder):
+    "The Markdown `text` of a page in `folder` with the width of every picture that it names, where there is none yet."
+    def sized(match):
+        path = folder/match[1]
+        size = shown_size(path) if path.is_file() else None
+        return f"{match[0]}{{width={size[0]}}}" if size else match[0]
+    return re.sub(r"!\[[^\]]*\]\(([^)\s]+\.png)\)(?!\{)", sized, text)
+
+
 def finish_pages(root):
-    """Of the processed pages: links and captions; in those of experiments the summary in a box, long outputs folded,
-    functions at the end. And the claims on their page. What is finished already stays: nbdev makes what changed."""
+    """Of the processed pages: links, captions, sizes of pictures; in those of experiments the summary in a box, long
+    outputs folded, functions at the end. And the claims on their page. What is finished already stays: nbdev makes what
+    changed."""
     pages, ini = root/"_proc", settings(root)
     for page in sorted(pages.rglob("*.ipynb")):
         nb, folder = read_nb(page), page.parent.relative_to(pages)
         for where, key in texts_of(nb):
-            where[key] = link_inside(link_outside("".join(where[key]), folder, ini), folder, ini)
+            where[key] = size_links(relink("".join(where[key]), folder, ini), root/"nbs"/folder)
         caption_pictures(nb)
+        size_outputs(nb)
         if STORY.fullmatch(page.stem):
             for finish in (box_summary, fold_outputs, functions_last): finish(nb)
         write_nb(nb, page)
+    for page in sorted((pages/"models").glob("*.md")):
+        page.write_text(size_links(page.read_text(encoding="utf-8"), root/"nbs"/"models"), encoding="utf-8")
     import claims_page
     text = (root/"nbs"/"claims.md").read_text(encoding="utf-8")
     (pages/"claims.md").write_text(text.replace(claims_page.MARKER, claims_page.matrix(root/"nbs")), encoding="utf-8")
@@ -213,6 +251,7 @@ def process(root):
 def main():
     "Pages, check and, with Quarto, the site. Exits with the problems when there are any."
     problems = process(ROOT)
+    gc.freeze() # what the cells of all notebooks left is not looked through again at the end: half a minute
     if problems: sys.exit("\n".join(problems))
     print("site: OK, pages processed into _proc/")
     if shutil.which("quarto"):

@@ -43,7 +43,7 @@ body.quarto-dark { color: #e3e6ea; background: #15181c; --ground: #15181c; }
 .quarto-dark a { color: #86b7ff; } .quarto-dark code { color: #ffb38a; } .quarto-dark pre code { color: inherit; }
 nav.bar { background: #1f3a5f; display: flex; flex-wrap: wrap; gap: .3rem 1.2rem; padding: .7rem 1rem; }
 nav.bar a { color: #fff; text-decoration: none; } nav.bar details { color: #fff; position: relative; }
-nav.bar details div { position: absolute; background: #1f3a5f; padding: .5rem 1rem; z-index: 9; min-width: 14rem; }
+nav.bar details div { position: absolute; background: #1f3a5f; padding: .5rem 1rem; z-index: 9; width: 14rem; }
 nav.bar details a { display: block; padding: .2rem 0; }
 .page { display: flex; }
 nav.side { width: 15rem; padding: 1rem; font-size: 14px; flex: none; box-sizing: border-box; }
@@ -52,13 +52,16 @@ nav.side p { margin: .8rem 0 .2rem; font-weight: 600; }
 main { max-width: 56rem; padding: 1rem 2rem; min-width: 0; flex: 1; overflow-wrap: break-word; }
 pre { background: #f6f6f6; padding: .6rem; white-space: pre-wrap; font-size: 14px; }
 .quarto-dark pre { background: #1f242a; }
-table { border-collapse: collapse; } td, th { border-bottom: 1px solid #ccc; padding: 3px 8px; text-align: left; }
-figure { margin: 1rem 0; } .lead { font-size: 1.15em; }
+table { border-collapse: collapse; }
+td, th { border-bottom: 1px solid var(--line, #ccc); padding: 3px 8px; text-align: left; }
+.img-fluid { max-width: 100%; height: auto; } figure { margin: 1rem 0; } .lead { font-size: 1.15em; }
 .visually-hidden { position: absolute; clip-path: inset(50%); }
 nav.turn { display: flex; justify-content: space-between; margin-top: 3rem; }
 footer { border-top: 1px solid #ccc; padding: 1rem; font-size: 14px; display: flex; justify-content: space-between; }
 footer a { margin-left: 1rem; }
-@media (max-width: 900px) { nav.side { display: none; } main { padding: 1rem; } }
+@media (max-width: 900px) {
+  nav.side { display: none; } main { padding: 1rem; } nav.bar details div { position: static; width: auto; }
+}
 """
 
 
@@ -74,14 +77,16 @@ def figure(png, name, site, given):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(base64.b64decode(png))
     alt = html.escape(given.get("fig-alt", ""), quote=True)
-    return f'![{given.get("fig-cap", "")}](ROOT/figures/{name}.png){{fig-alt="{alt}"}}'
+    size = f" width={given['width']}" if "width" in given else ""
+    return f'![{given.get("fig-cap", "")}](ROOT/figures/{name}.png){{fig-alt="{alt}"{size}}}'
 
 
 def output_text(output, name, site, given):
     "One output of a cell as Markdown."
     data = output.get("data", {})
     def text(kind): return "".join(data[kind])
-    if "image/png" in data: return figure(text("image/png"), name, site, given)
+    size = output.get("metadata", {}).get("image/png", {})
+    if "image/png" in data: return figure(text("image/png"), name, site, {**given, **size})
     if "text/markdown" in data: return text("text/markdown")
     if "text/html" in data: return f"```{{=html}}\n{text('text/html')}\n```"
     plain = text("text/plain") if "text/plain" in data else "".join(output.get("text", ""))
@@ -187,7 +192,8 @@ def render(page, pages, site, config):
     made = pypandoc.convert_text(text, "html5", "markdown-implicit_figures+implicit_figures", extra_args=extra)
     local = r'href="(?!\w+:)([^"#]+)\.(?:ipynb|md)(#[^"]*)?"'
     made = re.sub(local, r'href="\1.html\2"', made)
-    out.write_text(re.sub(r'<img [^>]*?\bsrc="([^"]+)"[^>]*>', r'<a href="\1">\g<0></a>', made), encoding="utf-8")
+    picture = r'<img ([^>]*?\bsrc="([^"]+)"[^>]*)>'
+    out.write_text(re.sub(picture, r'<a href="\2"><img class="img-fluid" \1></a>', made), encoding="utf-8")
     return out
 
 
