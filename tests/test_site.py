@@ -107,15 +107,28 @@ ADDRESS = "https://github.com/someone/spatialid"
 SOURCE = '[source](/blob/main/a.py#L3){target="_blank"}\n\n### f'
 
 
-@pytest.mark.parametrize("folder, text, git, doc, made", [
-    ("lib", "[`f`](/hooks.html#vlm)", "", "", "[`f`](../hooks.html#vlm)"),
-    (".", "[`f`](https://a.io/s/lib/b.html#c)", "", "https://a.io/s", "[`f`](lib/b.html#c)"),
-    ("lib", SOURCE, "", "", "### f"), ("lib", f"[source]({ADDRESS}/blob/main/a.py#L3)", ADDRESS, "", None),
-    (".", "[x](https://b.org/hooks.html)", "", "https://a.io", "[x](https://b.org/hooks.html)"),
+@pytest.mark.parametrize("page, text, git, doc, made", [
+    ("lib/a.ipynb", "[`VLM`](/hooks.html#vlm)", "", "", "[`VLM`](../00_hooks.ipynb#vlm)"),
+    ("00_hooks.ipynb", "[`vlm.patch`](/hooks.html#vlm.patch)", "", "", "[`vlm.patch`](00_hooks.ipynb#vlm)"),
+    ("00_hooks.ipynb", "[`vlm.load`](/hooks.html#vlm.load)", "", "", "[`vlm.load`](00_hooks.ipynb#vlm.load)"),
+    ("02_mirror_swap.ipynb", "[`sweep`](https://a.io/s/sweeps.html#sweep)", "", "https://a.io/s",
+     "[`sweep`](00_sweeps.ipynb#sweep)"),
+    ("lib/a.ipynb", "[`total`](/bench.html#total)", "", "", "`total`"),
+    ("lib/a.ipynb", SOURCE, "", "", "### f"),
+    ("lib/a.ipynb", f"[source]({ADDRESS}/blob/main/a.py#L3)", ADDRESS, "", None),
+    ("a.ipynb", "[x](https://b.org/hooks.html)", "", "https://a.io", None),
 ])
-def test_links_of_nbdev_lead_somewhere(folder, text, git, doc, made):
+def test_links_of_nbdev_lead_somewhere(page, text, git, doc, made):
+    "A word that only happens to be the name of a function elsewhere is none."
     ini = {"git_url": git, "doc_url": doc, "branch": "main"}
-    assert make_docs.link_inside(text, folder, ini) == make_docs.relink(text, folder, ini) == (made or text)
+    assert make_docs.link_inside(text, page, ini) == make_docs.relink(text, page, ini) == (made or text)
+
+
+def test_a_page_is_called_as_its_notebook_is():
+    nb = page("# A")
+    nb.cells.insert(0, nbformat.v4.new_raw_cell("---\noutput-file: mirror_swap.html\ntitle: A\n---\n"))
+    make_docs.one_name(nb)
+    assert nb.cells[0].source == "---\ntitle: A\n---\n"
 
 
 def test_the_footer_has_version_and_date_and_the_repository_where_there_is_one():

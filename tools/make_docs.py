@@ -22,10 +22,12 @@ import nbdev.processors
 import nbdev.serve
 import yaml
 from fastcore.nbio import NbCell, read_nb, write_nb
+from nbdev.config import nbpath2html
 from nbdev.processors import FilterDefaults, exec_show_docs
 from nbdev.quarto import refresh_quarto_yml
 from PIL import Image
 
+import spatialid
 from check_site import check
 from make_metadata import settings
 
@@ -73,18 +75,46 @@ def link_outside(text, folder, ini):
     return re.sub(r"(?<!!)\[([^\]]*)\]\(([^)\s]+)\)", link, text)
 
 
-def link_inside(text, folder, ini):
-    """The links that nbdev makes, for a page in `folder`: relative to it, so that they lead somewhere wherever the site
-    stands; and none to the source where there is no address of the repository."""
+@cache
+def notebook_of(page):
+    "The notebook of a page by its name in nbdev, which leaves out the number; the same name where there is none."
+    nbs = ROOT/"nbs"
+    found = [path.relative_to(nbs) for pattern in ("*.ipynb", "lib/*.ipynb") for path in nbs.glob(pattern)]
+    return {nbpath2html(path).as_posix(): path.as_posix() for path in found}.get(page, page)
+
+
+def anchored(notebook, anchor):
+    "The anchor of a method, or that of its class if it is written and described inside of it."
+    of_class, _, method = anchor.partition(".")
+    path = ROOT/"nbs"/notebook
+    alone = not method or not path.is_file() or f'"def {method}(' in path.read_text(encoding="utf-8")
+    return anchor if alone else of_class
+
+
+def link_inside(text, page, ini):
+    """The links that nbdev makes, for a page below nbs/: to notebooks, so that they lead somewhere wherever the site
+    stands; and none to the source where there is no address of the repository. A word that is also the name of a
+    function on another page, and not one that `import spatialid` offers, is a word."""
     if not ini["git_url"]: text = re.sub(r"\[source\]\(/blob/[^)]*\)(?:\{[^}]*\})?\s*", "", text)
     site = re.escape(ini["doc_url"].rstrip("/"))
-    def link(match): return f"]({os.path.relpath(match[1], folder)}"
-    return re.sub(rf"\]\({site}/((?:\w+/)?\w+\.html)(?=[#)])", link, text)
+    def link(match):
+        notebook = notebook_of(match[2])
+        offered = match[1].strip("`").partition(".")[0] in spatialid.__all__
+        if notebook != page and not offered: return match[1]
+        there = os.path.relpath(notebook, os.path.dirname(page))
+        return f"[{match[1]}]({there}{anchored(notebook, match[3])})"
+    return re.sub(rf"\[([^\]]*)\]\({site}/((?:\w+/)?\w+\.html)(#[^)]*|)\)", link, text)
 
 
-def relink(text, folder, ini):
+def relink(text, page, ini):
     "Both, in the order in which the links to the source are still known as such."
-    return link_outside(link_inside(text, folder, ini), folder, ini)
+    return link_outside(link_inside(text, page, ini), os.path.dirname(page), ini)
+
+
+def one_name(nb):
+    "A page is called as its notebook is: nbdev would leave out the number."
+    cell = nb.cells[0]
+    if cell.cell_type == "raw": cell.source = re.sub(r"^output-file:.*\n", "", cell.source, flags=re.M)
 
 
 def texts_of(nb):
@@ -181,7 +211,9 @@ def finish_pages(root):
     for page in sorted(pages.rglob("*.ipynb")):
         nb, folder = read_nb(page), page.parent.relative_to(pages)
         for where, key in texts_of(nb):
-            where[key] = size_links(relink("".join(where[key]), folder, ini), root/"nbs"/folder)
+            text = relink("".join(where[key]), page.relative_to(pages).as_posix(), ini)
+            where[key] = size_links(text, root/"nbs"/folder)
+        one_name(nb)
         caption_pictures(nb)
         size_outputs(nb)
         if STORY.fullmatch(page.stem):
