@@ -363,7 +363,7 @@ def as_png(
     full, png = BytesIO(), BytesIO()
     with style(): fig.savefig(full, format="png", bbox_inches="tight", metadata={"Software": None})
     picture = Image.open(full).convert("RGB").quantize(256, dither=Image.Dither.NONE)
-    picture.save(png, "png", optimize=True, dpi=(DPI, DPI))
+    picture.save(png, "png", dpi=(DPI, DPI))
     return png.getvalue()
 
 def save_figure(
