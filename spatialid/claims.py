@@ -219,15 +219,26 @@ WIDTH = 100 # of a terminal
 def claims_text(
     rows:list, # from `claims`
 ) -> str:
-    """The claims for a terminal of 100 columns, and the count per verdict."""
+    """The claims for a terminal of 100 columns, and the count per verdict; * where another model was measured."""
     def line(id, claim, paper, ours, said): return f"{id:<17} {claim:<53} {paper:<9} {ours:>6} {said}".rstrip()
-    lines = [line("id", "claim", "paper", "ours", "verdict")]
+    lines, main = [line("id", "claim", "paper", "ours", "verdict")], _mostly(rows)
     for row in rows:
         first, *more = textwrap.wrap(row["claim"], 53)
-        lines.append(line(row["id"], first, row["brief"], _number(row["value"]), row["verdict"]))
+        said = row["verdict"] + "*" * (row["value"] is not None and row["model"] != main)
+        lines.append(line(row["id"], first, row["brief"], _number(row["value"]), said))
         lines += [line("", rest, "", "", "") for rest in more]
     counts = textwrap.wrap(_every_verdict(rows), WIDTH)
-    return "\n".join([*lines, "", *counts, "All about one of them: spatialid claims ID"])
+    own = [row for row in rows if row["model"] == main]
+    if main: counts.append(f"On {main} itself: {counted_verdicts(own)}; the others are marked *.")
+    return "\n".join([*lines, "", *counts, *_READ_SO])
+
+_READ_SO = ("ours: the number that the claim's rule judges, often a difference from a threshold or a control.",
+            "All about one of them, its rule and interval too: spatialid claims ID")
+
+def _mostly(rows):
+    "The model on which most claims were measured; None where none was."
+    measured = Counter(row["model"] for row in rows if row["value"] is not None)
+    return max(measured, key=measured.get, default=None)
 
 # %% ../nbs/lib/claims.ipynb #68d7b6df
 def claim_text(

@@ -145,6 +145,7 @@ def _run(args):
     if params.get("benchmark"): check_benchmark(path, params["benchmark"])
     if args.name: _name_results(args, model)
     print(run_notebook(path, model if args.model else None, **params))
+    if quick and model: print(f"numbers and figures, in short: {results_dir(model)/'quick'} (spatialid claims --quick)")
 
 def _checked_model(path, given, quick):
     "The model a notebook is to run for, None where it takes none. UsageError where it cannot."
@@ -266,7 +267,9 @@ def main(
         return 1
     except UsageError as e: code, text = 2, e
     except (RunError, OSError, ValueError) as e: code, text = 1, e
-    except KeyboardInterrupt: code, text = 130, "interrupted; the same command starts the notebook again"
+    except KeyboardInterrupt:
+        again = "; the same command starts the notebook again" if args.command == "run" else ""
+        code, text = 130, f"interrupted{again}"
     print(f"spatialid: {text}", file=sys.stderr)
     return code
 

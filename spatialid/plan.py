@@ -52,8 +52,8 @@ def config_of(
         if not file.is_file() and adapter_of(folder) is not None: source = source_of(folder, "config.json")
         config = AutoConfig.from_pretrained(source)
     except (OSError, ValueError) as e:
-        raise UsageError(f"no config of {model} ({_first_line(e)}): give a bundled name, a folder, or `--config FILE` "
-                         "with a config.json where the Hub cannot be reached") from e
+        raise UsageError(f"no config of {model} ({_first_line(e)}): give a bundled name, a folder, or instead of "
+                         "--model `--config FILE` with a config.json where the Hub cannot be reached") from e
     find_family(config, str(model))
     return config, str(file.parent) if file.is_file() else source
 
