@@ -353,7 +353,7 @@ def test_the_legend_and_the_notes_stand_above_the_curves(n, shared):
         fig = Figure(figsize=(10.5, 4.2))
         panels = fig.subplots(1, 2, sharey=shared)
         for ax in panels: ms.plot_curves(ax, ms.curves(fake(curve, [1., 2])), ["a"], notes=2)
-        ms.mark_layers(panels[0], .6 * n, .7 * n, "objects: half of the peak at ℓ = 17.5 … 19.6", 2, "k")
+        ms.mark_layers(panels[0], .6 * n, .7 * n, "objects: half of the peak, ℓ = 17.5 … 19.6", 2, "k")
         fig.draw_without_rendering()
     for ax in panels:
         legend = ax.get_legend().get_window_extent().transformed(ax.transData.inverted())
