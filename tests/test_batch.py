@@ -88,8 +88,9 @@ def dask(*args):
 
 
 class Cluster:
-    "A scheduler and two workers, processes of their own."
-    def __init__(self):
+    "A scheduler and two workers, processes of their own, whose files are in a folder of theirs."
+    def __init__(self, folder):
+        self.folder = folder
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
@@ -99,7 +100,9 @@ class Cluster:
         self.scheduler = dask("scheduler", "--host", "127.0.0.1", "--port", self.port, "--no-dashboard")
         self.processes += [self.scheduler, *(self.worker() for _ in range(2))]
 
-    def worker(self): return dask("worker", self.address, "--nthreads", 1, "--no-nanny", "--no-dashboard")
+    def worker(self):
+        files = "--local-directory", self.folder
+        return dask("worker", self.address, "--nthreads", 1, "--no-nanny", "--no-dashboard", *files)
 
     def stop(self):
         for process in self.processes:
@@ -108,8 +111,8 @@ class Cluster:
 
 
 @pytest.fixture
-def cluster():
-    cluster = Cluster()
+def cluster(tmp_path_factory):
+    cluster = Cluster(tmp_path_factory.mktemp("dask"))
     cluster.start()
     yield cluster
     cluster.stop()
