@@ -272,7 +272,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'spatialid.claims._found_text': ('lib/claims.html#_found_text', 'spatialid/claims.py'),
                                   'spatialid.claims._found_words': ('lib/claims.html#_found_words', 'spatialid/claims.py'),
                                   'spatialid.claims._judged_on': ('lib/claims.html#_judged_on', 'spatialid/claims.py'),
-                                  'spatialid.claims._mostly': ('lib/claims.html#_mostly', 'spatialid/claims.py'),
+                                  'spatialid.claims._measured_on': ('lib/claims.html#_measured_on', 'spatialid/claims.py'),
                                   'spatialid.claims._number': ('lib/claims.html#_number', 'spatialid/claims.py'),
                                   'spatialid.claims._ours': ('lib/claims.html#_ours', 'spatialid/claims.py'),
                                   'spatialid.claims._parts': ('lib/claims.html#_parts', 'spatialid/claims.py'),

@@ -209,7 +209,7 @@ def counted_verdicts(
 def _every_verdict(rows):
     "How many claims have each verdict, and on which models they were measured: rows from `claims`."
     count = Counter(row["verdict"] for row in rows)
-    models = Counter(row["model"] for row in rows if row["value"] is not None)
+    models = _measured_on(rows)
     counts = ", ".join(f"{count[name]} {name}" for name in (*VERDICTS, "not yet run"))
     measured = ", ".join(f"{model}: {n}" for model, n in models.most_common())
     return f"{counts} (measured on {measured})" if measured else counts
@@ -221,7 +221,8 @@ def claims_text(
 ) -> str:
     """The claims for a terminal of 100 columns, and the count per verdict; * where another model was measured."""
     def line(id, claim, paper, ours, said): return f"{id:<17} {claim:<53} {paper:<9} {ours:>6} {said}".rstrip()
-    lines, main = [line("id", "claim", "paper", "ours", "verdict")], _mostly(rows)
+    lines, measured = [line("id", "claim", "paper", "ours", "verdict")], _measured_on(rows)
+    main = max(measured, key=measured.get, default=None)
     for row in rows:
         first, *more = textwrap.wrap(row["claim"], 53)
         said = row["verdict"] + "*" * (row["value"] is not None and row["model"] != main)
@@ -235,10 +236,9 @@ def claims_text(
 _READ_SO = ("ours: the number that the claim's rule judges, often a difference from a threshold or a control.",
             "All about one of them, its rule and interval too: spatialid claims ID")
 
-def _mostly(rows):
-    "The model on which most claims were measured; None where none was."
-    measured = Counter(row["model"] for row in rows if row["value"] is not None)
-    return max(measured, key=measured.get, default=None)
+def _measured_on(rows):
+    "On how many claims each model was measured: rows from `claims`."
+    return Counter(row["model"] for row in rows if row["value"] is not None)
 
 # %% ../nbs/lib/claims.ipynb #68d7b6df
 def claim_text(

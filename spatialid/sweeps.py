@@ -242,12 +242,12 @@ def _hide(scores, mask):
     else: scores[..., -S:].masked_fill_(torch.ones(S, S, dtype=torch.bool, device=scores.device).triu(1), lowest)
 
 # %% ../nbs/00_sweeps.ipynb #c1a1856c
-_KERNELS = { # by device, and whether in half precision; the names are PyTorch's own
-    ("cpu", False): lambda q, k, v: torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, scale=1.),
-    ("cpu", True): lambda q, k, v: torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, scale=1.),
-    ("cuda", True): lambda q, k, v: torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, scale=1.)[:2],
-    ("cuda", False): lambda q, k, v: torch.ops.aten._scaled_dot_product_efficient_attention(
-        q, k, v, None, True, scale=1.)[:2]}
+_KERNELS = { # the names are PyTorch's own
+    "cpu": lambda q, k, v: torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, scale=1.),
+    "cuda": lambda q, k, v: torch.ops.aten._scaled_dot_product_efficient_attention(
+        q, k, v, None, True, scale=1.)[:2],
+    "cuda in half precision": lambda q, k, v: torch.ops.aten._scaled_dot_product_flash_attention(
+        q, k, v, scale=1.)[:2]}
 
 @cache
 def log_sum_exp_kernel(
@@ -256,7 +256,8 @@ def log_sum_exp_kernel(
     size:int, # of a head
 ): # function of q (B, H, n, size), k and v (B, H, m, size): softmax(q kᵀ) v, and its log-sum-exp (B, H, n or more)
     "PyTorch's fused attention with its log-sum-exp; None where there is none that computes both right."
-    kernel, wide = _KERNELS.get((device, dtype.itemsize == 2)), torch.promote_types(dtype, torch.float32)
+    name = "cuda in half precision" if device == "cuda" and dtype.itemsize == 2 else device
+    kernel, wide = _KERNELS.get(name), torch.promote_types(dtype, torch.float32)
     if kernel is None: return None
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, 3, n, size, generator=generator).to(device, dtype) for n in (37, 21, 21))
@@ -607,8 +608,8 @@ def room(
     vlm:VLM,
 ) -> float: # bytes
     "What a sweep may work in: on GPUs half of what the fullest has free, 2 to 16 GB; on a CPU, as its caches like it."
-    gpus = {p.device for p in vlm.model.parameters() if p.device.type == "cuda"}
     if vlm.device.type == "cpu": return 2e8
+    gpus = {p.device for p in vlm.model.parameters() if p.device.type == "cuda"}
     free = [torch.cuda.mem_get_info(gpu)[0] / 2 for gpu in gpus]
     return max(2e9, min([1.6e10, *free]))
 
