@@ -179,8 +179,8 @@ class CaseSource:
 QUICK = { # the most of everything in a quick run, by the depth of the model: up to a dozen blocks, or more
     "shallow": {"n_level": 40, "n_questions": 60, "n_masks": 10, "n_lesion": 24, "n_inject": 24, "n_choose": 24,
                 "n_repair": 40, "layer_step": None},
-    "deep": {"n_level": 12, "n_questions": 48, "n_masks": 3, "n_lesion": 0, "n_inject": 8, "n_choose": 8,
-             "n_repair": 12, "layer_step": 10}}
+    "deep": {"n_level": 12, "n_questions": 48, "n_masks": 2, "n_lesion": 0, "n_inject": 8, "n_choose": 6,
+             "n_repair": 8, "layer_step": 10}}
 
 def quick_sizes(
     n_layers:int, # N

@@ -16,9 +16,9 @@ __all__ = ['ID_FILES', 'SLOTS', 'CELL_COLOURS', 'WORD_TEMPLATES', 'UNRELATED_TEM
            'plot_over_layers', 'plot_with_null', 'mark_layer', 'plot_layer_curves', 'onset', 'cell_colour', 'plot_ids',
            'layer_title', 'plot_layers', 'word_activations', 'words_of_objects', 'within_question', 'nearer',
            'word_margins', 'apart_over_unrelated', 'plot_words', 'name_of', 'plot_figure5', 'cost_of', 'cost_table',
-           'compare_designs', 'plot_designs', 'same_pictures', 'same_reach', 'plot_slots', 'nearest_column',
-           'nested_choices', 'PairSubsets', 'numbers_table', 'plot_scaling', 'plot_pairs', 'compare_ids',
-           'plot_prompts', 'size_invariance', 'plot_sizes', 'less', 'grid_claims', 'pair_claims', 'size_claims']
+           'compare_designs', 'plot_designs', 'same_reach', 'plot_slots', 'nearest_column', 'nested_choices',
+           'PairSubsets', 'numbers_table', 'plot_scaling', 'plot_pairs', 'compare_ids', 'plot_prompts',
+           'size_invariance', 'plot_sizes', 'less', 'grid_claims', 'pair_claims', 'size_claims']
 
 # %% ../nbs/03_extraction.ipynb #7ba219ac
 import hashlib
@@ -593,6 +593,26 @@ def universal(self:SpatialIDs)->SpatialIDs:
     "The same IDs averaged over objects: smaller, without intervals or the IDs of single pairs."
     table = np.average(self.table, axis=0, weights=self.weights)[None].astype(self.table.dtype)
     return replace(self, table=table, counts=self.counts.sum(0)[None], objects=["all"], pair_ids=None, pair_layers=[])
+
+@patch
+def of_scenes(
+    self:SpatialIDs,
+    scenes:list, # grid scenes: all that were shown of some of the pairs
+)->SpatialIDs:
+    """The IDs that some of the pairs alone have given, at the layers at which those of pairs are kept.
+
+    ValueError where none are kept, or where there are several sizes, over which they are means; KeyError for a pair
+    that was not extracted."""
+    if not self.pair_layers or len(self.sizes) > 1:
+        raise ValueError("the IDs of some pairs need one size and kept pairs: extract with pair_layers, of one size")
+    pairs = list(dict.fromkeys((scene.a, scene.b) for scene in scenes))
+    at = [self.find("pairs", pair) for pair in pairs]
+    objects = [name for name in self.objects if any(b == name for _, b in pairs)]
+    of_object = [self.pair_ids[[i for i in at if self.pairs[i][1] == name]].mean(0) for name in objects]
+    counts = np.zeros((len(objects), 1, *self.table.shape[3:5]), int)
+    for scene in scenes: counts[(objects.index(scene.b), 0, *scene.b_cell[::-1])] += 1
+    return replace(self, table=np.stack(of_object)[:, None], counts=counts, objects=objects, layers=self.pair_layers,
+                   pairs=pairs, pair_ids=self.pair_ids[at])
 
 # %% ../nbs/03_extraction.ipynb #eff124bf
 ID_FILES = {"first": "spatial_ids.safetensors", "second": "spatial_ids_second.safetensors"}
@@ -1722,14 +1742,6 @@ PLAIN = "Is there a {subject} or a {object} in the image?"
 PROMPTS = {"spatial, first": (TEMPLATE, "first"), "plain, first": (PLAIN, "first"),
            "spatial, last": (TEMPLATE, "second"), "plain, last": (PLAIN, "second")}
 
-
-def same_pictures(
-    some:list, # grid scenes
-    others:list,
-)->bool:
-    "Do two lists of grid scenes show the same?"
-    shown = [[(scene.a, scene.b, scene.size, scene.index) for scene in scenes] for scenes in (some, others)]
-    return shown[0] == shown[1]
 
 # %% ../nbs/03_extraction.ipynb #5e4f8b2b
 def same_reach(panels):

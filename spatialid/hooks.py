@@ -1053,6 +1053,7 @@ def _loading(name, what, quiet=False, remedy=""):
                          "files again") from e
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError) as e:
         if "couldn't connect" in str(e): remedy = _NO_HUB
+        if "unexpected keyword argument" in str(e): remedy = "look at the names of the options that were given"
         cause = (str(e).strip() or repr(e)).splitlines()[0]
         raise ValueError(f"cannot load the {what} of {name}: {cause} ({remedy or _remedy()})") from e
     finally:

@@ -16,6 +16,7 @@ from functools import lru_cache
 from itertools import zip_longest
 from pathlib import Path
 from socket import gethostname
+from tempfile import TemporaryDirectory
 from threading import Lock
 from uuid import uuid4
 
@@ -193,6 +194,16 @@ def _failed_lines(error):
     last = int(arrow[1])
     return textwrap.dedent("\n".join(lines[max(0, last - 3):last])).splitlines()
 
+def _through_files(folder):
+    """How a kernel is spoken to: through files in a folder, where its name is short enough and not on Windows.
+
+    A port is chosen before the kernel takes it, and beside other notebooks another process may take it first."""
+    import zmq
+    from traitlets.config import Config
+    files = f"{folder}/kernel"
+    can = len(f"{files}-5") <= zmq.IPC_PATH_MAX_LEN # of five channels; 0 where the system has none
+    return Config({"KernelManager": {"transport": "ipc", "ip": files}} if can else {})
+
 BAR = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} cells [{elapsed}<{remaining}]"
 
 def run_notebook(
@@ -224,11 +235,12 @@ def _execute(nb, out, params, path):
     for name in ("papermill", "asyncio"): logging.getLogger(name).setLevel(logging.CRITICAL)  # they are raised below
     bar = {"desc": path.stem, "bar_format": BAR}
     try:
-        with open(out.with_suffix(".log"), "a", encoding="utf-8") as log:
+        with open(out.with_suffix(".log"), "a", encoding="utf-8") as log, TemporaryDirectory() as folder:
             print(f"{datetime.now():%F %T} {path.stem} on {gethostname()}: {params}", file=log, flush=True)
             pm.execute_notebook(nb, out, params, kernel_name="python3", language="python", cwd=path.parent,
                                 progress_bar=bar, start_timeout=300, stdout_file=log, stderr_file=log,
                                 request_save_on_cell_execute=False,  # twice a cell: half a minute for a long page
+                                config=_through_files(folder),
                                 extra_arguments=["--IPKernelApp.log_level=CRITICAL"])
     except pm.PapermillExecutionError as e:
         raise RunError(f"{_failure(path, e)}\n  The run up to there: {out}") from e

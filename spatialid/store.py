@@ -15,6 +15,7 @@ from datetime import datetime, timezone
 from importlib import metadata
 from io import BytesIO
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 from .registry import bundled, whole_name
 
@@ -330,6 +331,7 @@ def moved(
 OKABE_ITO = ["#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442", "#000000"]
 
 DPI = 180 # of figures
+_DRAWN = WeakKeyDictionary() # {figure: its PNG}
 
 def _show_as_saved():
     "Lets a notebook show figures as `as_png` makes them."
@@ -358,13 +360,19 @@ def style():
 def as_png(
     fig, # a matplotlib figure
 ) -> bytes:
-    "A figure as PNG of 256 colours, cut to what is drawn: the same bytes for the same picture (no date)."
+    """A figure as PNG of 256 colours, cut to what is drawn: the same bytes for the same picture (no date).
+
+    Drawn once, to be saved and shown, unless something in it has changed (matplotlib's `stale`)."""
     from PIL import Image
+    if not fig.stale and fig in _DRAWN: return _DRAWN[fig]
     full, png = BytesIO(), BytesIO()
-    with style(): fig.savefig(full, format="png", bbox_inches="tight", metadata={"Software": None})
+    as_it_is = {"format": "png", "pil_kwargs": {"compress_level": 0}, "metadata": {"Software": None}}
+    with style(): fig.savefig(full, bbox_inches="tight", **as_it_is)
     picture = Image.open(full).convert("RGB").quantize(256, dither=Image.Dither.NONE)
     picture.save(png, "png", dpi=(DPI, DPI))
-    return png.getvalue()
+    fig.stale = False # saving a figure changes and restores its dpi
+    _DRAWN[fig] = png.getvalue()
+    return _DRAWN[fig]
 
 def save_figure(
     fig, # a matplotlib figure

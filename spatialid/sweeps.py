@@ -926,11 +926,18 @@ def summary(self:Shift,
         if len(each) > 1: numbers["std"] = each.std(0, ddof=1)
     return {**numbers, "excluded": int((~used).sum()), "threshold": self.threshold}
 
+class _ByLayer(dict):
+    "Something for each of the layers that were swept; KeyError says which those are."
+    def __missing__(self, layer):
+        raise KeyError(f"layer {layer} was not swept: there are {', '.join(map(str, self)) or 'none'}")
+
 @patch(as_prop=True)
 def ratio(self:Shift) -> dict: # layer -> `Estimate`
-    "Belief shift after each layer: sum of numerators over sum of denominators. Empty without queries."
+    """Belief shift after each layer: sum of numerators over sum of denominators. Empty without queries.
+
+    KeyError for a layer that was not swept."""
     estimates = self.summary()["ratio"]
-    return {layer: estimates[i] for i, layer in enumerate(self.layers)} if estimates["n"] else {}
+    return _ByLayer({layer: estimates[i] for i, layer in enumerate(self.layers)} if estimates["n"] else {})
 
 # %% ../nbs/00_sweeps.ipynb #f150c28e
 def change(

@@ -17,6 +17,7 @@ import sys
 import time
 from copy import deepcopy
 from dataclasses import dataclass
+from itertools import dropwhile
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -181,9 +182,9 @@ class Outcome:
 def _cause(text):
     "The line of an error that says why, without where it happened."
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    errors = [line for line in lines if re.match(r"\w*(Error|Exception|Exit|Interrupt)\b", line)]
-    said = [line.removeprefix("spatialid: ") for line in lines if line.startswith("spatialid: ")]
-    return (errors or said or lines or ["no message"])[0][:200]
+    ours = [*dropwhile(lambda line: not line.startswith("spatialid: "), lines)]  # behind what threads of a kernel say
+    errors = [line for line in ours or lines if re.match(r"[\w.]*(Error|Exception|Exit|Interrupt)(:|$)", line)]
+    return (errors or ours or lines or ["no message"])[0].removeprefix("spatialid: ")[:200]
 
 def _ended(process, seconds):
     "(stderr, in time?) of a process, which is ended with all that it has begun after so many seconds."
@@ -223,12 +224,14 @@ def try_notebooks(
     results:Path, # the folder that is to hold `results/`
     seconds:float=180, # for all of them
 ): # yields `Outcome`
-    "Run the notebooks of a model with the smallest sizes."
+    "Run the notebooks of a model with the smallest sizes, those that others need first."
     paths = [path for path in experiments(model) if path.stem in LEAST]
+    needed = {need for path in paths for need in declared(path).get("needs", ())}
+    paths.sort(key=lambda path: path.stem not in needed)
     px, ended, done = _side(model), time.monotonic() + seconds, {}
     for i, path in enumerate(paths):
         lacking = [need for need in declared(path).get("needs", ()) if done.get(need) not in (None, "passed")]
-        share = (ended - time.monotonic()) / (len(paths) - i)
+        share = (ended - time.monotonic()) / min(len(paths) - i, 3)
         if lacking: outcome = Outcome(path.stem, "left out", why=f"needs {lacking[0]}")
         else: outcome = run_counted(path.stem, model, results, share, **least_of(path, px))
         done[path.stem] = outcome.state

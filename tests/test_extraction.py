@@ -139,6 +139,23 @@ def test_running_sums_equal_storing_everything_in_double(double, protocol):
     assert np.abs(ids.pair_ids[0, 0] - own).max() < 1e-12  # "star" has one pair, the first
 
 
+@pytest.mark.parametrize("protocol", ["paper", "released"])
+def test_some_pairs_give_what_they_would_have_given_alone(double, protocol):
+    scenes = subsample(squares(PAIRS[:4], sizes=(224,)), 2)
+    some = [scene for scene in scenes if (scene.a, scene.b) in PAIRS[1:4:2]]
+    settings = dict(protocol=protocol, batch_size=16, progress=False)
+    whole = extract(double, scenes, pair_layers=[2], **settings)
+    kept, alone = whole.of_scenes(some), extract(double, some, layers=[2], pair_layers=[2], **settings)
+    assert np.abs(kept.table - alone.table).max() < 1e-12 and np.array_equal(kept.counts, alone.counts)
+    for name in ("objects", "sizes", "layers", "pairs", "pair_layers", "slot", "protocol"):
+        assert getattr(kept, name) == getattr(alone, name), name
+    assert np.abs(kept.pair_ids - alone.pair_ids).max() < 1e-12
+    with pytest.raises(KeyError, match="is not among the pairs"):
+        whole.of_scenes(squares([("star", "hot dog")], sizes=(224,)))
+    with pytest.raises(ValueError, match="of one size"):
+        replace(whole, pair_layers=[]).of_scenes(some)
+
+
 @pytest.mark.slow
 def test_running_sums_equal_storing_everything_in_single(vlm):
     scenes = subsample(squares(PAIRS[:3]), 3)

@@ -577,6 +577,8 @@ def test_what_is_passed_through(saved, vlm):
         assert loaded.model.dtype == getattr(torch, kwargs.get("dtype", "float32"))
         assert loaded.model.config._attn_implementation == kwargs.get("attn_implementation", "sdpa")
         assert (loaded.run(MIXED).logits - vlm.run(MIXED).logits).abs().max() <= 1e-4
+    with pytest.raises(ValueError, match=r"'dtpye' \(look at the names of the options that were given\)"):
+        VLM.load(saved, device="cpu", dtpye="float64")
 
 
 def test_models_of_the_paper(saved, monkeypatch):

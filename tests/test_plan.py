@@ -223,6 +223,8 @@ def test_a_cause_is_one_line():
     text = "spatialid: 03_x failed in cell 2 of 9:\n    f(1)\n  ValueError: no such part\n  The run up to there: x"
     assert trial._cause(text) == "ValueError: no such part" and trial._cause("") == "no message"
     assert trial._cause("spatialid: 04 needs the IDs") == "04 needs the IDs"
+    thread = "Exception in thread Heartbeat:\n  bind\nzmq.error.ZMQError: Address already in use\n"
+    assert trial._cause(thread + text) == "ValueError: no such part"
 
 
 def test_a_notebook_gets_only_the_sizes_that_it_has():

@@ -3,15 +3,18 @@
 Messages, resume after an interruption, folders that cannot be written, claims."""
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import nbformat
 import psutil
 import pytest
+import zmq
 
 from spatialid import cli, runner, store
 
@@ -130,6 +133,23 @@ def test_a_benchmark_is_found_from_where_one_is(lab, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("depth, transport", [(1, "ipc"), (120, "tcp")])
+def test_a_kernel_is_spoken_to_through_files_where_their_names_are_short(lab, monkeypatch, tmp_path, depth, transport):
+    "Two kernels that begin together cannot take each other's port."
+    if not zmq.has("ipc"): pytest.skip("this system has no such files")
+    temporary = Path(tempfile.mkdtemp(dir="/tmp"))/("t"*depth)
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    lab.notebook("01_a", """
+        from ipykernel.kernelapp import IPKernelApp
+        from spatialid.store import save_results
+        save_results("toy", "01_a", {"transport": IPKernelApp.instance().transport}, {})""")
+    assert cli.main(["run", "1"]) == 0
+    assert json.loads((lab.root/"results/toy/01_a.json").read_text()) == {"transport": transport}
+    assert not [*temporary.rglob("kernel*")]
+    shutil.rmtree(temporary.parent)
+
+
 def test_dead_kernel(lab, capsys):
     lab.notebook("01_a", "import os; os._exit(9)")
     assert "the kernel died" in fails(capsys, 1, "run", "1")
