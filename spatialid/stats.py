@@ -44,8 +44,9 @@ def as_text(
     "A number with its interval, as text."
     if not estimate or estimate["value"] is None: return (estimate or {}).get("not_judged", "none")
     if np.ndim(estimate["value"]): return ", ".join(as_text(estimate[i], digits) for i in range(len(estimate["value"])))
-    text = f"{estimate['value']:.{digits}f}"
-    return text if estimate["low"] is None else f"{text} [{estimate['low']:.{digits}f}, {estimate['high']:.{digits}f}]"
+    def number(x): return "–" if x is None else f"{x:.{digits}f}"
+    value, low, high = (estimate[key] for key in ("value", "low", "high"))
+    return number(value) if low is high is None else f"{number(value)} [{number(low)}, {number(high)}]"
 
 # %% ../nbs/lib/stats.ipynb #88ce19c7
 class Estimate(dict):

@@ -93,9 +93,9 @@ LEAST = {
     "00_hooks": {}, "00_sweeps": dict(n_scenes=4, n_exact=1),
     "02_mirror_swap": dict(n_scenes=4, n_random=1, n_secondary=2),
     "03_extraction": dict(n_pairs=6, n_prompt_pairs=6, sizes=[224]),
-    "04_steering": dict(n_scenes=8, n_small=4, n_noise=1, n_controls=1, n_word_pairs=6),
+    "04_steering": dict(n_scenes=8, n_small=4, n_noise=1, n_controls=1, n_word_pairs=2),
     "05_depth": dict(n_pictures=4, n_asked=8, n_draws=1, n_words=4, n_objects=4, n_scenes=60),
-    "06_diagnosis": dict(n_level=8, n_questions=12, n_masks=2, n_lesion=0, n_inject=8, n_choose=8, n_repair=0),
+    "06_diagnosis": dict(n_level=8, n_questions=24, n_masks=2, n_lesion=0, n_inject=8, n_choose=8, n_repair=0),
     "07_finetune": dict(n_seeds=1, steps=2, every=1, n_rows=12, n_pairs=6),
     "08_temporal": dict(n_pairs=4, n_steered=4, n_objects=3, n_partners=1, n_words=2, n_noise=1, n_permuted=20),
     "09_theory": dict(n_objects=4, sizes=[224], n_questions=20, n_draws=50)}
