@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['WEIGHTS', 'LEAST', 'with_blocks', 'bytes_of', 'blocks_that_fit', 'copy_of', 'least_of', 'count_passes',
-           'with_counter', 'Outcome', 'run_counted', 'try_notebooks', 'outcomes_table', 'try_model']
+           'with_counter', 'Outcome', 'Attempt', 'run_counted', 'side_by_side', 'try_notebooks', 'outcomes_table',
+           'try_model']
 
 # %% ../nbs/lib/trial.ipynb #591a43f5
 import json
@@ -15,6 +16,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass
 from itertools import dropwhile
@@ -186,15 +188,43 @@ def _cause(text):
     errors = [line for line in ours or lines if re.match(r"[\w.]*(Error|Exception|Exit|Interrupt)(:|$)", line)]
     return (errors or ours or lines or ["no message"])[0].removeprefix("spatialid: ")[:200]
 
-def _ended(process, seconds):
-    "(stderr, in time?) of a process, which is ended with all that it has begun after so many seconds."
-    try: return process.communicate(timeout=seconds)[1], True
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGTERM)
-        try: return process.communicate(timeout=10)[1], False
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            return process.communicate()[1], False
+class Attempt:
+    "A notebook that runs for a model in a process of its own, with what it writes in a folder; its passes are counted."
+
+    def __init__(self,
+        stem:str, # of a notebook
+        model:str, # bundled name or folder
+        results:Path, # the folder that is to hold `results/`
+        seconds:float, # after which it is ended
+        **params, # parameters
+    ):
+        self.stem, self.seconds, self.begun = stem, seconds, time.monotonic()
+        self.counts, self.said = (results/"counts"/f"{stem}.{what}" for what in ("json", "txt"))
+        nbs = with_counter(stem, results/"nbs", self.counts)
+        words = [word for name, value in params.items() for word in ("-p", f"{name}={value!r}")]
+        command = [sys.executable, "-m", "spatialid", "run", stem, "--model", model, *words]
+        places = {"SPATIALID_RESULTS": str(results), "SPATIALID_NOTEBOOKS": str(nbs), "TQDM_DISABLE": "1"}
+        self.said.parent.mkdir(exist_ok=True)
+        with open(self.said, "w", encoding="utf-8") as said:
+            self.process = subprocess.Popen(command, env=os.environ | places, stdout=subprocess.DEVNULL, stderr=said,
+                                            start_new_session=True, cwd=results)
+
+    def outcome(self) -> Outcome|None:
+        "How it ended, None while it runs and has time."
+        code, took = self.process.poll(), time.monotonic() - self.begun
+        if code is None and took < self.seconds: return None
+        self.end()
+        found = json.loads(self.counts.read_text()) if self.counts.is_file() else None
+        if code is None: ended = "stopped", took, f"longer than its share of {self.seconds:.0f} s"
+        else: ended = ("failed", took, _cause(self.said.read_text())) if code else ("passed", took, "")
+        return Outcome(self.stem, *ended, found)
+
+    def end(self):
+        "End it, with all that it has begun."
+        for how in (signal.SIGTERM, signal.SIGKILL):
+            if self.process.poll() is not None: return
+            os.killpg(self.process.pid, how)
+            with suppress(subprocess.TimeoutExpired): self.process.wait(10)
 
 def run_counted(
     stem:str, # of a notebook
@@ -203,39 +233,55 @@ def run_counted(
     seconds:float, # after which it is ended
     **params, # parameters
 ) -> Outcome:
-    "Run a notebook for a model in a process of its own, with what it writes in a folder, and count its passes."
-    counts = results/"counts"/f"{stem}.json"
-    nbs = with_counter(stem, results/"nbs", counts)
-    words = [word for name, value in params.items() for word in ("-p", f"{name}={value!r}")]
-    command = [sys.executable, "-m", "spatialid", "run", stem, "--model", model, *words]
-    places = {"SPATIALID_RESULTS": str(results), "SPATIALID_NOTEBOOKS": str(nbs), "TQDM_DISABLE": "1"}
-    begun = time.monotonic()
-    process = subprocess.Popen(command, env=os.environ | places, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-                               text=True, start_new_session=True, cwd=results)
-    said, in_time = _ended(process, seconds)
-    took = time.monotonic() - begun
-    found = json.loads(counts.read_text()) if counts.is_file() else None
-    if not in_time: return Outcome(stem, "stopped", took, f"longer than its share of {seconds:.0f} s", found)
-    return Outcome(stem, *(("failed", took, _cause(said)) if process.returncode else ("passed", took, "")), found)
+    "Run a notebook to its end, or to that of its time."
+    attempt = Attempt(stem, model, results, seconds, **params)
+    try:
+        while not (outcome := attempt.outcome()): time.sleep(.1)
+    finally: attempt.end()
+    return outcome
 
 # %% ../nbs/lib/trial.ipynb #a2994dc1
+def side_by_side(
+    weights:int, # bytes of a model
+) -> int:
+    "How many notebooks run at a time: as many as there are cores and room for models, at most three."
+    _, free, _ = room()
+    return max(1, min(os.cpu_count() or 1, int(free // (2*weights + 2e9)), 3))
+
+def _ended(running, done):
+    "The outcomes of those that have ended since, which run no more."
+    for attempt in [*running]:
+        if not (outcome := attempt.outcome()): continue
+        running.remove(attempt)
+        done[outcome.notebook] = outcome.state
+        yield outcome
+
 def try_notebooks(
     model:str, # folder of a model of random weights, or bundled name
     results:Path, # the folder that is to hold `results/`
     seconds:float=180, # for all of them
 ): # yields `Outcome`
-    "Run the notebooks of a model with the smallest sizes, those that others need first."
-    paths = [path for path in experiments(model) if path.stem in LEAST]
-    needed = {need for path in paths for need in declared(path).get("needs", ())}
-    paths.sort(key=lambda path: path.stem not in needed)
-    px, ended, done = _side(model), time.monotonic() + seconds, {}
-    for i, path in enumerate(paths):
-        lacking = [need for need in declared(path).get("needs", ()) if done.get(need) not in (None, "passed")]
-        share = (ended - time.monotonic()) / min(len(paths) - i, 3)
-        if lacking: outcome = Outcome(path.stem, "left out", why=f"needs {lacking[0]}")
-        else: outcome = run_counted(path.stem, model, results, share, **least_of(path, px))
-        done[path.stem] = outcome.state
-        yield outcome
+    "Run the notebooks of a model with the smallest sizes, some side by side, behind those that they need."
+    waiting = [path for path in experiments(model) if path.stem in LEAST]
+    tried = {path.stem for path in waiting}
+    needs = {path: tried.intersection(declared(path).get("needs", ())) for path in waiting}
+    waiting.sort(key=lambda path: path.stem not in set().union(*needs.values()))
+    px, ended, together = _side(model), time.monotonic() + seconds, side_by_side(blueprint(model).bytes)
+    running, done = [], {}
+    try:
+        while waiting or running:
+            yield from _ended(running, done)
+            for path in [*waiting]:
+                if lacking := [need for need in sorted(needs[path]) if done.get(need, "passed") != "passed"]:
+                    waiting.remove(path)
+                    yield Outcome(path.stem, "left out", why=f"needs {lacking[0]}")
+                elif len(running) < together and all(need in done for need in needs[path]):
+                    waiting.remove(path)
+                    share = (ended - time.monotonic()) / min(len(waiting) + 1, 3)
+                    running.append(Attempt(path.stem, model, results, share, **least_of(path, px)))
+            time.sleep(.1)
+    finally:
+        for attempt in running: attempt.end()
 
 def _side(model):
     "The side of the pictures of a trial: what the model sees, and no less than the objects need."

@@ -5,6 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import nbformat
+import psutil
 import pytest
 import torch
 from transformers import LlavaConfig
@@ -217,6 +218,28 @@ def test_a_trial_says_how_each_notebook_ended(notebooks, tmp_path):
     assert (results/"results"/"llava-tiny"/"quick"/"02_mirror_swap.json").is_file()
     assert not (tmp_path/"results").exists()
     assert "| 03_extraction | failed |" in trial.outcomes_table([*ended.values()])
+
+
+@pytest.mark.slow
+def test_a_trial_that_is_left_ends_what_it_has_begun(notebooks, tmp_path, monkeypatch):
+    "Two at a time; whoever stops reading, by Ctrl-C too, leaves no process behind."
+    monkeypatch.setattr(trial, "side_by_side", lambda weights: 2)
+    monkeypatch.setattr(trial, "LEAST", {stem: trial.LEAST[stem] for stem in ("02_mirror_swap", "09_theory")})
+    outcomes = trial.try_notebooks("llava-tiny", tmp_path, 600)
+    assert next(outcomes).notebook == "02_mirror_swap"
+    ours = [child for child in psutil.Process().children(True) if "09_theory" in child.cmdline()]
+    assert len(ours) == 1 and (kernels := ours[0].children(True))
+    outcomes.close()
+    gone, alive = psutil.wait_procs([*ours, *kernels], timeout=5)
+    assert not alive and len(gone) > 1
+
+
+@pytest.mark.parametrize("weights, free, cores, n", [(2e6, 20e9, 2, 2), (14e9, 80e9, 16, 2), (14e9, 16e9, 16, 1),
+                                                      (2e6, 80e9, 16, 3), (2e6, 1e9, None, 1)])
+def test_as_many_notebooks_side_by_side_as_there_is_room_for(monkeypatch, weights, free, cores, n):
+    monkeypatch.setattr(trial, "room", lambda: ("RAM", free, False))
+    monkeypatch.setattr(trial.os, "cpu_count", lambda: cores)
+    assert trial.side_by_side(weights) == n
 
 
 def test_a_cause_is_one_line():
