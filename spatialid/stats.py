@@ -46,7 +46,7 @@ def as_text(
     if np.ndim(estimate["value"]): return ", ".join(as_text(estimate[i], digits) for i in range(len(estimate["value"])))
     def number(x): return "–" if x is None else f"{x:.{digits}f}"
     value, low, high = (estimate[key] for key in ("value", "low", "high"))
-    return number(value) if low is high is None else f"{number(value)} [{number(low)}, {number(high)}]"
+    return number(value) if low is None else f"{number(value)} [{number(low)}, {number(high)}]"
 
 # %% ../nbs/lib/stats.ipynb #88ce19c7
 class Estimate(dict):

@@ -117,7 +117,8 @@ def test_the_interface_works_as_the_readme_prints_it(capsys):
     exec("\n".join(lines[:-1]), names)
     estimate = names["swept"].shift("objects").ratio[5]
     assert isinstance(estimate, spatialid.Estimate) and estimate.n == 6
-    with pytest.raises(KeyError, match="layer 18 was not swept: there are 1, 2"): names["swept"].shift("objects").ratio[18]
+    with pytest.raises(KeyError, match="layer 18 was not swept: there are 1, 2"):
+        names["swept"].shift("objects").ratio[18]
     assert estimate.low <= estimate.value <= estimate.high
     assert re.fullmatch(r"-?\d\.\d\d \[-?\d\.\d\d, -?\d\.\d\d\], n 6", repr(estimate))
     assert capsys.readouterr().out.strip().split()[0] in ("left", "right")

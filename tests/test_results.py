@@ -196,6 +196,7 @@ def test_numbers_are_read_as_text_whatever_holds_them():
     found = texts_of({"a": {"b": estimate, "c": none}, "layer": 5, "names": ["x"]})
     assert found == {"a": {"b": "0.50 [0.25, 0.75]", "c": "too few"}, "layer": 5, "names": ["x"]}
     assert texts_of(estimate, 1) == as_text(estimate, 1) == "0.5 [0.2, 0.8]"
+    assert as_text({**estimate, "high": None}, 1) == "0.5 [0.2, –]"
 
 
 def test_a_table_holds_numbers_estimates_and_texts():
