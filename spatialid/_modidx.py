@@ -2358,6 +2358,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'spatialid.trial._Passes': ('lib/trial.html#_passes', 'spatialid/trial.py'),
                                  'spatialid.trial._Passes.__init__': ('lib/trial.html#_passes.__init__', 'spatialid/trial.py'),
                                  'spatialid.trial._Passes.before_block': ('lib/trial.html#_passes.before_block', 'spatialid/trial.py'),
+                                 'spatialid.trial._Passes.found': ('lib/trial.html#_passes.found', 'spatialid/trial.py'),
                                  'spatialid.trial._Passes.next_of': ('lib/trial.html#_passes.next_of', 'spatialid/trial.py'),
                                  'spatialid.trial._Passes.resumed': ('lib/trial.html#_passes.resumed', 'spatialid/trial.py'),
                                  'spatialid.trial._Passes.watch': ('lib/trial.html#_passes.watch', 'spatialid/trial.py'),

@@ -279,16 +279,17 @@ def _extraction(s):
 
 def _steering(s):
     "Notebook 04: the arms and doses of Figure 2, and the lines, relations and rings of the small experiments."
-    layers = len(swept_layers(s.blocks, s.blocks // 2, s.layer_step))
-    doses, dosed = (5, 5) if s.blocks > 12 else (7, layers)
+    short = s.quick and s.blocks > 12
+    layers = len(swept_layers(s.blocks, s.blocks // 2, s.layer_step, 1 if short else 2))
+    doses, dosed = (5, 3 if short else 5) if s.blocks > 12 else (7, layers)
     arms = 4 + s.n_noise + 2 * s.n_controls
-    fig2 = arms * layers + doses * (1 + s.n_noise + s.n_controls) * dosed + 6 * dosed + 16 * 5
-    n_scenes = s.n_scenes or 200
-    return 8 * n_scenes + 12 * s.n_small, n_scenes * fig2 + s.n_small * (74 * layers + 28 * 5)
+    fig2 = arms * layers + doses * (1 + s.n_noise + s.n_controls) * dosed + 6 * dosed + 16 * (1 if short else 5)
+    n_scenes, small = s.n_scenes or 200, 30 * layers + 72 * (3 if short else layers)
+    return 8 * n_scenes + 12 * s.n_small, n_scenes * fig2 + s.n_small * small
 
 def _depth(s):
     "Notebook 05: two kinds of pictures with two questions each."
-    layers = len(swept_layers(s.blocks, s.blocks // 2, s.layer_step))
+    layers = 2 if s.quick and s.blocks > 12 else len(swept_layers(s.blocks, s.blocks // 2, s.layer_step))
     whole = 4 * s.n_asked + 12 * s.n_pictures + 16 * s.n_words + 48 * s.n_objects
     return whole, 4 * s.n_pictures * layers * (8 + 3 * s.n_draws)
 
@@ -325,7 +326,7 @@ def designed(
     return Passes(whole, cells * (blocks - 1) / (2 * blocks)) # a cell at layer ℓ is resumed through N - ℓ blocks
 
 # %% ../nbs/lib/plan.ipynb #46685b2e
-def counted_runs() -> dict: # {notebook: {"model", "blocks", "quick", "whole", "resumed"}}
+def counted_runs() -> dict: # {notebook: [{"model", "blocks", "quick", "whole", "resumed"}]}
     "What `tools/forwards.py` has counted; empty where it has not run."
     path = results_root()/"results"/"forwards.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
@@ -336,9 +337,10 @@ def passes(
     quick:bool,
     organism:bool=False,
 ) -> Passes|None:
-    "The passes of a notebook: its design, to the scale of what was counted in a short run of it."
-    wanted, run = designed(path, blocks, quick, organism), counted_runs().get(path.stem)
-    if wanted is None or run is None: return wanted
+    "The passes of a notebook: its design, to the scale of what was counted in a short run on a model about as deep."
+    wanted, runs = designed(path, blocks, quick, organism), counted_runs().get(path.stem)
+    if wanted is None or runs is None: return wanted
+    run = min(runs, key=lambda run: abs(run["blocks"] - blocks))
     then = designed(path, run["blocks"], run["quick"], True)
     return wanted * Passes(*(run[key] / max(getattr(then, key), 1) for key in ("whole", "resumed")))
 

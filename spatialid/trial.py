@@ -112,22 +112,28 @@ def least_of(
 
 # %% ../nbs/lib/trial.ipynb #50cf9082
 class _Passes:
-    "Counts of the passes through the blocks of every model, while `VLM` is the wrapped one."
+    "Counts of the passes through the blocks of models, by their size, while `VLM` is the wrapped one."
     def __init__(self):
-        self.found, self.inside = {"whole": 0., "resumed": 0., "blocks": 0}, False
+        self.by_size, self.inside = {}, False # {weights in the blocks: counts}
         self.init, self.resume = VLM.__init__, VLM.resume
+
+    @property
+    def found(self):
+        "The counts of the largest models: toys beside them cost next to nothing."
+        return self.by_size[max(self.by_size)] if self.by_size else {"whole": 0., "resumed": 0., "blocks": 0}
 
     def before_block(self, module, args, kwargs):
         "Count rows that go through a block, but for those that are resumed."
         h = args[0] if args else kwargs["hidden_states"]
-        if not self.inside: self.found["whole"] += len(h) / module.of_blocks
+        if not self.inside: module.counts["whole"] += len(h) / module.counts["blocks"]
 
     def watch(self, vlm):
         "Count what goes through the blocks of a model from now on."
-        self.found["blocks"] = vlm.n_layers
+        size = sum(weights.numel() for block in vlm.blocks for weights in block.parameters())
+        counts = self.by_size.setdefault(size, {"whole": 0., "resumed": 0., "blocks": vlm.n_layers})
         for block in vlm.blocks:
-            if hasattr(block, "of_blocks"): continue
-            block.of_blocks = vlm.n_layers
+            if hasattr(block, "counts"): continue
+            block.counts = counts
             block.register_forward_pre_hook(self.before_block, with_kwargs=True)
 
     def next_of(self, cells):
@@ -140,13 +146,13 @@ class _Passes:
         "The same cells, counted: all of them are one list of rows in a block."
         while (cell := self.next_of(cells)) is not None:
             keys, logits = cell
-            self.found["resumed"] += logits.shape[1] * sum(1 - layer / vlm.n_layers for _, layer in keys)
+            vlm.blocks[0].counts["resumed"] += logits.shape[1] * sum(1 - layer / vlm.n_layers for _, layer in keys)
             yield cell
 
 def count_passes(
     path:str|Path, # where the counts go, after every cell of the notebook
 ):
-    "From here on count the passes through the blocks of every model: whole, resumed, and the number of blocks."
+    "From here on count the passes through the blocks of the largest models: whole, resumed, and how many blocks."
     from IPython import get_ipython
     passes = _Passes()
     def init(vlm, *args, **kwargs):

@@ -259,18 +259,33 @@ def test_a_notebook_gets_only_the_sizes_that_it_has():
 
 
 def test_every_question_of_every_cell_is_counted(tmp_path, monkeypatch):
-    "Of a sweep, two clean runs of each question; and each cell at layer ℓ of N as the (N - ℓ) / N that it is resumed."
+    """Of a sweep, two clean runs of each question; and each cell at layer ℓ of N as the (N - ℓ) / N that it is resumed.
+
+    A smaller model beside it does not count."""
     shell = SimpleNamespace(events=SimpleNamespace(register=lambda event, call: kept.append(call)))
     kept = []
     for name in ("__init__", "resume"): monkeypatch.setattr(VLM, name, getattr(VLM, name)) # as they were, afterwards
     monkeypatch.setattr("IPython.get_ipython", lambda: shell)
     trial.count_passes(tmp_path/"counts.json")
-    vlm = VLM(*tiny("llava"))
+    vlm, toy = VLM(*tiny("llava")), VLM(*tiny("llava", blocks=2))
     work = bench.mirror_work(vlm, 3)
+    toy.run(work.base)
     sweeps.sweep(vlm, work.base, work.source, {"objects": "objects", "last": "last"})
     kept[0](None)
     counts = json.loads((tmp_path/"counts.json").read_text())
     assert counts == {"whole": 6, "resumed": 2 * 3 * (.75 + .5 + .25), "blocks": 4}
+
+
+def test_a_plan_is_scaled_to_the_model_about_as_deep(monkeypatch):
+    path = runner.find_notebook("02")
+    runs = [dict(model="a", blocks=8, quick=True), dict(model="b", blocks=30, quick=True)]
+    for run, factor in zip(runs, (2, 3)):
+        alone = plan.designed(path, run["blocks"], True, True)
+        run |= {"whole": factor * alone.whole, "resumed": factor * alone.resumed}
+    monkeypatch.setattr(plan, "counted_runs", lambda: {"02_mirror_swap": runs})
+    for blocks, factor in ((6, 2), (12, 2), (28, 3), (40, 3)):
+        alone = plan.designed(path, blocks, False)
+        assert plan.passes(path, blocks, False).whole == pytest.approx(factor * alone.whole)
 
 
 @pytest.mark.slow
@@ -283,7 +298,7 @@ def test_passes_are_those_that_a_notebook_makes(stem, tmp_path, monkeypatch):
     monkeypatch.setattr(plan, "counted_runs", lambda: counted)
     outcome = trial.run_counted(stem, "llava-tiny", tmp_path, 600, quick=True)
     assert outcome.state == "passed", outcome.why
-    planned = plan.passes(runner.find_notebook(stem), 8, True, True)
+    planned = plan.passes(runner.find_notebook(stem), outcome.counts["blocks"], True, True)
     for kind in ("whole", "resumed"):
         counted = outcome.counts[kind]
         assert getattr(planned, kind) == pytest.approx(counted, rel=.2), (kind, planned, outcome.counts)
