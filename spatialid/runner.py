@@ -570,7 +570,8 @@ def _rerun(models, full, run):
     if not full:
         folders = ", ".join(str(results_dir(model)/"quick") for model in models)
         print(f"\nIn short: numbers and figures are in {folders}. The sizes of the stored results: --full")
-    if report.failed: print(f"\nFailed: {', '.join(report.failed)}", file=sys.stderr)
+    if report.failed:
+        print(f"\nFailed: {', '.join(report.failed)}. What the claims say of it is of an earlier run.", file=sys.stderr)
     return int(bool(report.failed))
 
 def _claims_of(models, full):
