@@ -264,7 +264,8 @@ class Passes:
 def pictures_of_extraction(s) -> int: # of the sizes of notebook 03
     "Pictures of the IDs and of the comparison of prompts."
     def kept(pairs, sizes): return len(GridScenes(grid_pairs(pairs), sizes=tuple(sizes))) * s.references // 16
-    prompts = (2 if s.quick else len(PROMPTS)) - (len(s.sizes) == 1) # of one size the first is among the IDs
+    among = len(s.sizes) == 1 and s.n_prompt_pairs <= s.n_pairs # are those of the first prompt among the IDs?
+    prompts = (2 if s.quick else len(PROMPTS)) - among
     return kept(s.n_pairs, s.sizes) + prompts * kept(s.n_prompt_pairs, s.sizes[-1:])
 
 # %% ../nbs/lib/plan.ipynb #54a097fe

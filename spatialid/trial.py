@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WEIGHTS', 'LEAST', 'with_blocks', 'bytes_of', 'blocks_that_fit', 'copy_of', 'least_of', 'count_passes',
-           'with_counter', 'Outcome', 'Attempt', 'run_counted', 'side_by_side', 'try_notebooks', 'outcomes_table',
+           'with_counter', 'Outcome', 'Attempt', 'run_counted', 'notebooks_at_once', 'try_notebooks', 'outcomes_table',
            'try_model']
 
 # %% ../nbs/lib/trial.ipynb #591a43f5
@@ -247,7 +247,7 @@ def run_counted(
     return outcome
 
 # %% ../nbs/lib/trial.ipynb #a2994dc1
-def side_by_side(
+def notebooks_at_once(
     weights:int, # bytes of a model
 ) -> int:
     "How many notebooks run at a time: as many as there are cores and room for models, at most three."
@@ -272,7 +272,8 @@ def try_notebooks(
     tried = {path.stem for path in waiting}
     needs = {path: tried.intersection(declared(path).get("needs", ())) for path in waiting}
     waiting.sort(key=lambda path: path.stem not in set().union(*needs.values()))
-    px, ended, together = _side(model), time.monotonic() + seconds, side_by_side(blueprint(model).bytes)
+    plan, ended = blueprint(model), time.monotonic() + seconds
+    px, together = _side(plan), notebooks_at_once(plan.bytes)
     running, done = [], {}
     try:
         while waiting or running:
@@ -289,10 +290,9 @@ def try_notebooks(
     finally:
         for attempt in running: attempt.end()
 
-def _side(model):
+def _side(plan):
     "The side of the pictures of a trial: what the model sees, and no less than the objects need."
-    plan = blueprint(model)
-    return max(80, picture_side(VLM(plan.model, plan.processor, model, plan.organism)))
+    return max(80, picture_side(VLM(plan.model, plan.processor, plan.name, plan.organism)))
 
 def outcomes_table(outcomes:list) -> str: # of `Outcome`
     "Each notebook: passed or why not, and seconds, in Markdown."

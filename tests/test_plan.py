@@ -223,7 +223,7 @@ def test_a_trial_says_how_each_notebook_ended(notebooks, tmp_path):
 @pytest.mark.slow
 def test_a_trial_that_is_left_ends_what_it_has_begun(notebooks, tmp_path, monkeypatch):
     "Two at a time; whoever stops reading, by Ctrl-C too, leaves no process behind."
-    monkeypatch.setattr(trial, "side_by_side", lambda weights: 2)
+    monkeypatch.setattr(trial, "notebooks_at_once", lambda weights: 2)
     monkeypatch.setattr(trial, "LEAST", {stem: trial.LEAST[stem] for stem in ("02_mirror_swap", "09_theory")})
     outcomes = trial.try_notebooks("llava-tiny", tmp_path, 600)
     assert next(outcomes).notebook == "02_mirror_swap"
@@ -239,7 +239,7 @@ def test_a_trial_that_is_left_ends_what_it_has_begun(notebooks, tmp_path, monkey
 def test_as_many_notebooks_side_by_side_as_there_is_room_for(monkeypatch, weights, free, cores, n):
     monkeypatch.setattr(trial, "room", lambda: ("RAM", free, False))
     monkeypatch.setattr(trial.os, "cpu_count", lambda: cores)
-    assert trial.side_by_side(weights) == n
+    assert trial.notebooks_at_once(weights) == n
 
 
 def test_a_cause_is_one_line():

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from spatialid.cards import perplexity
 from spatialid.cli import main
@@ -14,7 +15,7 @@ from spatialid.finetune import crossed
 from spatialid.stats import (
     Estimate, absolute, around, as_text, bootstrap, leave_one_out, markdown_table, newcombe, not_judged, number_table,
     over_null, over_seeds, ratio, spanning, texts_of, wilson)
-from spatialid.store import agree, load_results, moved, read_results, save_results
+from spatialid.store import agree, as_png, load_results, moved, read_results, save_results
 
 RESULTS = Path(__file__).parents[1]/"results"
 STALE = set()  # "model/NN_name.json" from an older interval: to be run again
@@ -197,6 +198,17 @@ def test_numbers_are_read_as_text_whatever_holds_them():
     assert found == {"a": {"b": "0.50 [0.25, 0.75]", "c": "too few"}, "layer": 5, "names": ["x"]}
     assert texts_of(estimate, 1) == as_text(estimate, 1) == "0.5 [0.2, 0.8]"
     assert as_text({**estimate, "high": None}, 1) == "0.5 [0.2, –]"
+
+
+def test_a_figure_is_drawn_once_and_anew_when_something_in_it_changes(monkeypatch):
+    fig, drawn = Figure(), []
+    line, = fig.subplots().plot([0, 1])
+    save = fig.savefig
+    monkeypatch.setattr(fig, "savefig", lambda *args, **kwargs: (drawn.append(1), save(*args, **kwargs)))
+    first = as_png(fig)
+    assert as_png(fig) == first and len(drawn) == 1
+    line.set_ydata([1, 0])
+    assert as_png(fig) != first and len(drawn) == 2
 
 
 def test_a_table_holds_numbers_estimates_and_texts():

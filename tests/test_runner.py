@@ -150,6 +150,7 @@ def test_a_kernel_is_spoken_to_through_files_where_their_names_are_short(lab, mo
     shutil.rmtree(temporary.parent)
 
 
+@pytest.mark.slow
 def test_dead_kernel(lab, capsys):
     lab.notebook("01_a", "import os; os._exit(9)")
     assert "the kernel died" in fails(capsys, 1, "run", "1")
